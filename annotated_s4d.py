@@ -1,0 +1,2453 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # The Annotated S4D
+#
+# *From a mass on a spring to a trained classifier, in one file.*
+#
+# Some signals are long: a second of sound has 16,000 samples, an image read pixel by
+# pixel has hundreds of steps. A recurrent network reads them one step at a time and
+# trains slowly. A Transformer reads them at once and pays for each pair of positions.
+#
+# **S4D** is a third way. It is a *state space model* (SSM): a small linear system of
+# differential equations, of the kind that describes springs and circuits, with
+# parameters that are learned. Such a system can be run in two ways that give the same
+# numbers. It trains as one long convolution, in parallel over time. It then runs as a
+# recurrence, where each new step costs the same, however long the past.
+#
+# This page builds S4D from nothing. It follows the paper
+# [On the Parameterization and Initialization of Diagonal State Space
+# Models](https://arxiv.org/abs/2206.11893) (Gu, Gupta, Goel and Ré, 2022), and its
+# form is owed to [The Annotated S4](https://srush.github.io/annotated-s4/) (Rush and
+# Karamcheti, 2022). You need linear algebra and some Python. You need not have met a
+# state space model before.
+#
+# The page is one Python file, `annotated_s4d.py`. Read it here, run its cells as a
+# notebook, execute it as a script, or `import annotated_s4d` and use its layer in your
+# own model. **Every number you will read is printed by a cell beside it**, or names its
+# source.
+
+# %% [markdown]
+# ## Part 0: The result and the map
+#
+# We start with what stands at the end, then prepare the tools to get there.
+#
+# | part | what you gain |
+# |:-----|:--------------|
+# | 1 A continuous system | a mass on a spring, written as $x' = Ax + Bu$ |
+# | 2 Hold the input | an exact step from one sample to the next |
+# | 3 The recurrence | the system as a loop over samples |
+# | 4 The convolution | the same output, all samples at once |
+# | 5 Diagonalize | a matrix becomes a few complex numbers: S4D |
+# | 6 Fast | FFT, a fast kernel, a parallel scan |
+# | 7 Where to start | which complex numbers make a good memory |
+# | 8, 9, 10 Layer, block, model | a neural network |
+# | 11 Training | handwritten digits, read one pixel at a time |
+# | Closing | all views agree; where we deviate from the papers; exercises |
+#
+# ### Setup
+#
+# The mathematics is [JAX](https://docs.jax.dev), the modules are
+# [Flax NNX](https://flax.readthedocs.io). SciPy appears only where we want a second
+# opinion.
+
+# %%
+import functools
+import hashlib
+import inspect
+import io
+import math
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+import rich.console
+import rich.progress
+import scipy.integrate
+import scipy.linalg
+import scipy.signal
+import scipy.special
+from flax import nnx
+from matplotlib.figure import Figure
+
+# %% [markdown]
+# We will compute the same output in many ways, and each time ask whether two of them
+# agree. The question deserves a name. `agree` prints the largest difference as a share
+# of the largest value, and stops the page if that is too much.
+#
+# Cells that do work begin with `if RUN:`. It is true in a notebook and in a script, and
+# false when this file is imported as a library, so that an import computes nothing.
+
+# %%
+RUN = __name__ == "__main__"
+
+
+def agree(left, a, right, b, tolerance=1e-5):
+    """Print max |a - b| / max |b|; raise AssertionError if it is over the tolerance."""
+    a, b = np.asarray(a), np.asarray(b)
+    if a.shape != b.shape:
+        raise AssertionError(f"{left} has shape {a.shape}, {right} has {b.shape}")
+    error = np.abs(a - b).max() / np.abs(b).max()
+    print(f"{left + ' = ' + right:58s} {error:.1e}")
+    if not error <= tolerance:  # so that NaN fails too
+        raise AssertionError(f"{left}, {right}: {error:.1e} is over {tolerance:.0e}")
+
+
+# %% [markdown]
+# Pictures are functions. `@figure` marks a function that returns a figure: its docstring
+# is the caption, its arguments are knobs that a reader may turn, and the decorator says
+# how far. A notebook shows the picture under its cell, a script saves it in the folder
+# `assets`. The cells that do this are folded away here; Appendix C walks through them.
+
+# %% tags=["hide"] jupyter={"source_hidden": true}
+FIGURES = {}
+BLUE, ORANGE, GREEN, PURPLE = "#2f86d6", "#e8772e", "#2f9e6e", "#9a6bd6"
+INK = "#767676"  # legible on white and on black
+INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color",
+         "ytick.color")
+LOOK = dict.fromkeys(INKED, INK) | {
+    "font.size": 11, "axes.titlesize": 12, "legend.frameon": False,
+    "image.cmap": "gray", "lines.linewidth": 1.8, "axes.spines.top": False,
+    "axes.spines.right": False, "figure.facecolor": "none", "axes.facecolor": "none",
+    "axes.prop_cycle": matplotlib.cycler(color=[BLUE, ORANGE, GREEN, PURPLE, INK]),
+}
+DRAWING = threading.Lock()  # Matplotlib's settings belong to the whole process
+
+
+def canvas(rows=1, columns=1, height=3.0, **options):
+    """Return a figure as wide as the text and its axes. No pyplot, so nothing leaks."""
+    fig = Figure(figsize=(8, height), layout="constrained")
+    return fig, fig.subplots(rows, columns, **options)
+
+
+# %% tags=["hide"] jupyter={"source_hidden": true}
+def figure(later=False, **knobs):
+    """Mark a function as a figure. A knob is a list of choices or a range (low, high).
+
+    It is drawn at once with its defaults; if `later`, a place is kept for it.
+    """
+
+    def register(draw):
+        odd = set(knobs) ^ set(inspect.signature(draw).parameters)
+        if odd:
+            raise TypeError(f"{draw.__name__}: {odd} must be both knobs and arguments")
+        draw.knobs, FIGURES[draw.__name__] = knobs, draw
+        if RUN:
+            show(draw, promise=later)
+        return draw
+
+    return register
+
+
+def picture(draw, **values):
+    """Draw a figure; return its PNG, which names the edition of the code behind it."""
+    png, marks = io.BytesIO(), {"Software": None, "Source": edition()}
+    with DRAWING, matplotlib.rc_context(LOOK):
+        draw(**values).savefig(png, dpi=144, format="png", metadata=marks)
+    return png.getvalue()
+
+
+# %% tags=["hide"] jupyter={"source_hidden": true}
+def edition():
+    """Name this edition of the code: a hash of every line that is not prose."""
+    if "__file__" not in globals():
+        return None  # in a notebook a picture stands beside its code
+    lines = Path(__file__).read_text(encoding="utf-8").splitlines()
+    code = "\n".join(line for line in lines if line and not line.startswith("#"))
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+def show(draw, promise=False):
+    """Save a figure from a script, display it in a notebook; or promise to do so."""
+    caption, start = " ".join(inspect.getdoc(draw).split()), time.perf_counter()
+    if "ipykernel" in sys.modules:
+        return display(draw, caption, promise)
+    if not promise:
+        path = Path(__file__).with_name("assets") / f"{draw.__name__}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(picture(draw))
+        print(f"{f'assets/{path.name}':58s} {time.perf_counter() - start:.1f} s")
+
+
+def display(draw, caption, promise):
+    """Display a figure under its cell, or where it has been promised."""
+    from IPython.display import Image, Markdown, display
+
+    if promise:
+        wait = Markdown("(drawn below, when the model has trained)")
+        draw.place = display(wait, display_id=draw.__name__)
+    else:
+        image = Image(picture(draw), alt=caption, width=800)
+        if hasattr(draw, "place"):
+            return draw.place.update(image)
+        display(image)
+    display(Markdown(f"*{caption}*"))
+
+
+# %% [markdown]
+# Last, a habit that saves time: a bad argument is refused at once, in a sentence that
+# says what was given and what is allowed.
+
+# %%
+def require(condition, given, allowed):
+    """Raise ValueError with what was given and what is allowed, unless it holds."""
+    if not condition:
+        raise ValueError(f"{given}; allowed: {allowed}")
+
+
+def require_count(name, value, multiple=1):
+    """Refuse a size that is not a positive multiple."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    fits = whole and value > 0 and value % multiple == 0
+    require(fits, f"{name} is {value!r}", f"positive multiples of {multiple}")
+
+
+def require_choice(name, value, choices):
+    """Refuse a name that is not on the list."""
+    require(value in choices, f"{name} is {value!r}", ", ".join(map(repr, choices)))
+
+
+# %% [markdown]
+# ### Symbols
+#
+# Each symbol keeps its name in the code. $H$ channels run side by side, and every
+# function works on any number of leading axes. The axis of $N/2$ will be explained in
+# Part 5.
+#
+# | symbol | in the code | shape | what it is |
+# |:-------|:------------|:------|:-----------|
+# | $u, y$ | `u`, `y` | `(..., L)` | input and output, one number per sample |
+# | $x$ | `x` | `(..., N)`, later `(..., N/2)` | the state, and nothing else is called `x` |
+# | $A$ | `A` | `(N, N)`, later `(H, N/2)` | how the state moves by itself |
+# | $B, C$ | `B`, `C` | `(N,)`, later `(H, N/2)` | how the input enters, how the output is read |
+# | $D$ | `D` | `(H,)` | the part of the input that passes straight through |
+# | $\Delta$ | `dt` | `()`, later `(H,)` | the time between two samples |
+# | $\bar A, \bar B$ | `A_bar`, `B_bar` | as `A`, `B` | the same system, from sample to sample |
+# | $K$ | `K` | `(..., L)` | the convolution kernel |
+# | $N, H, L$ | `N`, `H`, `L` | | size of the state, number of channels, length |
+#
+# ### The result
+#
+# And this is where we are going. The picture is made by the model that this page
+# trains; it is drawn when the last line of Part 11 has run.
+
+# %%
+@figure(later=True)
+def hero():
+    """Left, a handwritten digit that the model reads as a row of 64 pixels, top line
+    first. Middle, its belief in each of the ten classes after every pixel. Right, four
+    of the convolution kernels that it learned."""
+    model, _, (images, labels) = trained()
+    fig, (left, middle, right) = canvas(1, 3, 2.8, width_ratios=[1, 2, 1.6])
+    _, answers = advance(model, model.init_state(1), images[:1])
+    belief = jax.nn.softmax(answers[0])  # (64, 10)
+    left.imshow(images[0].reshape(8, 8))
+    left.set(xticks=[], yticks=[], title=f"a {labels[0]}")
+    middle.imshow(belief.T, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    middle.set(yticks=range(10), xlabel="pixels read", title="belief in each digit")
+    for h, K in enumerate(model.stack.blocks[0].ssm.kernel(64)[:4]):
+        right.plot(K / np.abs(K).max() - 2.2 * h)
+    right.set(yticks=[], xlabel="step", title="learned kernels")
+    return fig
+
+
+# %% [markdown]
+# *The page now builds everything in that picture, starting with a spring.*
+
+# %% [markdown]
+# ## Part 1: A continuous system
+#
+# A mass hangs on a spring, with a little friction. Push it, and it swings for a while
+# after the push has ended. Where does it keep the memory of the push? In two numbers:
+# its position $p$ and its velocity $v$. Who knows both at one moment needs nothing else
+# from the past to tell the future. Such numbers are called the **state** $x = (p, v)$.
+#
+# Newton's law gives the velocity's rate of change. A force $u$ pushes, the spring pulls
+# back with $k\,p$, friction brakes with $c\,v$, and the mass $m$ resists them all:
+#
+# $$
+# p' = v, \qquad m\,v' = u - k\,p - c\,v .
+# $$
+#
+# Collect the coefficients in a matrix, and this is one line for the state and one for
+# what we observe, the position:
+#
+# $$
+# \begin{aligned}
+# x'(t) &= A\,x(t) + B\,u(t), \\
+# y(t) &= C\,x(t) ,
+# \end{aligned}
+# \qquad
+# A = \begin{pmatrix} 0 & 1 \\ -k/m & -c/m \end{pmatrix}, \quad
+# B = \begin{pmatrix} 0 \\ 1/m \end{pmatrix}, \quad
+# C = \begin{pmatrix} 1 & 0 \end{pmatrix}.
+# $$
+#
+# That is a state space model. Its general form adds $D\,u(t)$ to the output, a wire
+# from input to output past the state. We leave the wire out until Part 8: it holds no
+# memory, so nothing about it is hard.
+
+# %%
+def oscillator(mass=1.0, spring=40.0, damping=2.0):
+    """A mass (kg) on a spring (N/m) with friction (N s/m): force in, position out.
+
+    Returns A (2, 2), B (2,), C (2,), dense and real.
+    """
+    A = np.array([[0.0, 1.0], [-spring / mass, -damping / mass]])
+    B = np.array([0.0, 1.0 / mass])
+    C = np.array([1.0, 0.0])
+    return A, B, C
+
+
+# %% [markdown]
+# One force will accompany us through the page: a push, a pause, and a hand that shakes
+# in time with the spring. We look at eight seconds of it, 25 samples a second.
+
+# %%
+DT, STEPS = 0.04, 200  # seconds, samples
+
+
+def force(t):
+    """The force in newtons at time t in seconds: a push, a pause, a shaking hand."""
+    push = 20.0 * np.exp(-(((t - 0.8) / 0.15) ** 2))
+    shake = 8.0 * np.sin(6.0 * t) * np.exp(-(((t - 4.5) / 0.9) ** 2))
+    return push + shake
+
+
+# %% [markdown]
+# SciPy solves the differential equation for us, for now:
+
+# %%
+def simulate(A, B, C, u, times):
+    """Solve x' = A x + B u(t) from rest with SciPy. Returns y at the given times."""
+    return C @ scipy.integrate.solve_ivp(
+        lambda t, x: A @ x + B * u(t), (0, times[-1]), np.zeros(len(B)),
+        t_eval=times, rtol=1e-9, atol=1e-9, max_step=0.01,
+    ).y  # fmt: skip
+
+
+@figure(mass=(0.5, 4.0), spring=(5.0, 80.0), damping=(0.0, 8.0))
+def oscillator_response(mass=1.0, spring=40.0, damping=2.0):
+    """The force on the mass (top) and where the mass goes (bottom). It swings on when
+    the push is over, and gathers swing when it is shaken in its own rhythm."""
+    t = np.arange(STEPS) * DT
+    fig, (top, bottom) = canvas(2, 1, 3.6, sharex=True)
+    top.plot(t, force(t), color=INK)
+    bottom.plot(t, simulate(*oscillator(mass, spring, damping), force, t))
+    top.set(ylabel="force (N)")
+    bottom.set(xlabel="time (s)", ylabel="position (m)")
+    return fig
+
+
+# %% [markdown]
+# What does the mass remember? Hit it once, with a hammer blow so short that only its
+# total $\int u\,dt = 1$ matters. The blow moves the state from $0$ to $B$. From there
+# the system runs alone, $x' = Ax$, whose solution is $x(t) = e^{tA}B$ with the matrix
+# exponential $e^{tA} = I + tA + \tfrac12 (tA)^2 + \dots$ The output after a blow is the
+# **impulse response**
+#
+# $$
+# h(t) = C\,e^{tA} B .
+# $$
+#
+# Any force is a dense row of small blows, $u(s)\,ds$ at each moment $s$, and the system
+# is linear: the responses add up. A blow at time $s$ has aged by $t - s$ at time $t$,
+# so
+#
+# $$
+# y(t) = \int_0^t h(t-s)\,u(s)\,ds .
+# $$
+#
+# Two views of one system: a differential equation that keeps a state, and a convolution
+# that looks at the whole past at once. The rest of the page makes both fast.
+
+# %%
+if RUN:
+    A, B, C = oscillator()
+    fine = np.arange(8000) / 1000  # a blow every millisecond
+    h = np.array([C @ scipy.linalg.expm(t * A) @ B for t in fine])
+    y = np.convolve(force(fine), h)[:8000] / 1000
+    agree("sum of 8,000 blows", y, "ODE solver", simulate(A, B, C, force, fine))
+
+
+# %% [markdown]
+# *What stands: a system of two numbers that remembers. Exercise: set the damping to
+# zero in the picture. What happens to $h(t)$ as $t$ grows, and what would a model with
+# such a memory never do?*
+
+# %% [markdown]
+# ## Part 2: Hold the input
+#
+# A computer never sees $u(t)$, only samples $u_0, u_1, \dots$ a time $\Delta$ apart. To
+# move the state from one sample to the next we must say what the input does in between.
+# The simplest answer is: nothing. Sample $u_k$ is **held** until the next one arrives.
+# Engineers call this a zero-order hold (ZOH). It is what a loudspeaker's converter does.
+#
+# With $u$ constant the equation can be solved exactly. Over one interval the state
+# decays from where it was, and the held input keeps feeding in:
+#
+# $$
+# x(t + \Delta) = \underbrace{e^{\Delta A}}_{\bar A} x(t)
+#   + \underbrace{\Big(\int_0^\Delta e^{sA}\,ds\Big) B}_{\bar B}\, u_k ,
+# \qquad
+# \bar B = A^{-1}\big(e^{\Delta A} - I\big) B \;\text{ if } A \text{ is invertible.}
+# $$
+#
+# There is no approximation here: if the input is held, then at the samples the discrete
+# system *is* the continuous one.
+#
+# Both matrices come from a single exponential. A held input obeys $u' = 0$, so $(x, u)$
+# together are one system without input, and its exponential holds the answer:
+#
+# $$
+# \exp \left( \Delta \begin{pmatrix} A & B \\ 0 & 0 \end{pmatrix} \right)
+# = \begin{pmatrix} \bar A & \bar B \\ 0 & 1 \end{pmatrix}.
+# $$
+#
+# Beside it we put the **bilinear** rule, which the first S4 paper used. It never
+# exponentiates. It lets the slope over an interval be the mean of the slopes at its two
+# ends, $x_{k} - x_{k-1} = \tfrac{\Delta}{2} A (x_{k} + x_{k-1}) + \Delta B u_k$, and solves
+# for $x_{k}$:
+#
+# $$
+# \bar A = \big(I - \tfrac{\Delta}{2} A\big)^{-1} \big(I + \tfrac{\Delta}{2} A\big), \qquad
+# \bar B = \big(I - \tfrac{\Delta}{2} A\big)^{-1} \Delta B .
+# $$
+
+# %%
+METHODS = ("zoh", "bilinear")
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def ssm_discretize(A, B, dt, method="zoh"):
+    """Turn a dense system into one from sample to sample.
+
+    A (N, N), B (N,), dt in the time unit of A. Returns A_bar (N, N), B_bar (N,).
+    Raises ValueError for shapes that do not fit or an unknown method.
+    """
+    require_choice("method", method, METHODS)
+    A, B, N = jnp.asarray(A), jnp.asarray(B), B.shape[-1]
+    fits = A.shape == (N, N) and B.shape == (N,)
+    require(fits, f"A has shape {A.shape}, B {B.shape}", "(N, N) and (N,)")
+    if method == "zoh":
+        M = jnp.zeros((N + 1, N + 1), A.dtype).at[:N, :N].set(A).at[:N, N].set(B)
+        E = jax.scipy.linalg.expm(dt * M)  # (N + 1, N + 1)
+        return E[:N, :N], E[:N, N]
+    I = jnp.eye(N)
+    return tuple(jnp.linalg.solve(I - dt / 2 * A, X) for X in (I + dt / 2 * A, dt * B))
+
+
+# %% [markdown]
+# To use the discrete system, repeat its step: $x_k = \bar A x_{k-1} + \bar B u_k$, from a
+# state of zero. Sample $u_k$ is held from time $k\Delta$ to $(k+1)\Delta$, and $x_k$ is the
+# state at the end of that interval, so output $y_k$ already knows input $u_k$. (SciPy and
+# some textbooks count the state at the start of the interval; their outputs come one
+# sample later.)
+
+# %%
+def loop(A_bar, B_bar, C, u):
+    """Run a discrete system sample by sample, as plainly as can be. Returns y (L,)."""
+    x, y = np.zeros(len(B_bar)), []
+    for u_k in u:
+        x = A_bar @ x + B_bar * u_k
+        y.append(C @ x)
+    return np.array(y)
+
+
+# %% [markdown]
+# Two checks. SciPy's `cont2discrete` must find the same matrices. And the loop must hit
+# the ODE solver's solution for the held force.
+
+# %%
+if RUN:
+    t = np.arange(STEPS) * DT
+    u = force(t)  # the input of every cell to come
+    for method in METHODS:
+        A_bar, B_bar = ssm_discretize(A, B, DT, method)
+        scipys = scipy.signal.cont2discrete((A, B[:, None], C, 0), DT, method=method)
+        agree(f"A_bar by {method}", A_bar, "SciPy", scipys[0])
+    A_bar, B_bar = ssm_discretize(A, B, DT)
+    y = loop(A_bar, B_bar, C, u)  # and its output
+    held = simulate(A, B, C, lambda s: u[int(s / DT)], t[1:])
+    agree("ZOH", y[:-1], "ODE solver", held)
+
+
+# %% [markdown]
+# Now hold the force for a whole fifth of a second, so that the stairs are visible. The
+# ZOH dots sit on the curve that the ODE solver finds for the held force. The bilinear
+# dots do not.
+
+# %%
+@figure(dt=(0.04, 0.4))
+def held_input(dt=0.2):
+    """The force and its held samples (top). The mass under the held force (bottom):
+    zero-order hold is exact at the samples, the bilinear rule is not."""
+    (A, B, C), k = oscillator(), np.arange(int(6 / dt))
+    u, t = force(k * dt), np.linspace(0, (len(k) - 1) * dt, 600)
+    fig, (top, bottom) = canvas(2, 1, 4.0, sharex=True)
+    top.plot(t, force(t), color=INK)
+    top.step(k * dt, u, where="post", color=BLUE)
+    bottom.plot(t, simulate(A, B, C, lambda t: u[int(t / dt)], t), color=INK)
+    for method, mark in zip(METHODS, "ox"):
+        y = loop(*ssm_discretize(A, B, dt, method), C, u)
+        bottom.plot((k + 1) * dt, y, mark, label=method)
+    top.set(ylabel="force (N)")
+    bottom.set(xlabel="time (s)", ylabel="position (m)", xlim=(0, t[-1]))
+    bottom.legend(loc="upper left")
+    return fig
+
+
+# %% [markdown]
+# *What stands: one exact step from sample to sample. Exercise: move the hold in the
+# picture to 0.4 s. The dots are still exact for the held force. Why is that no longer of
+# much use?*
+
+# %% [markdown]
+# ## Part 3: The recurrence
+#
+# A Python loop is slow. `jax.lax.scan` runs the same loop compiled: it takes a function
+# from the old state and one input to the new state and one output, and threads the
+# state through all inputs. It also hands the last state back. That makes a stream
+# possible: stop anywhere, keep $x$, and go on when more input arrives.
+
+# %%
+@jax.jit
+def ssm_recurrence(A_bar, B_bar, C, u, x0=None):
+    """Run a dense discrete system as a recurrence.
+
+    A_bar (N, N), B_bar (N,), C (N,), u (L,), x0 (N,) or None for zeros.
+    Returns y (L,) and the last state (N,).
+    """
+
+    def step(x, u_k):
+        x = A_bar @ x + B_bar * u_k
+        return x, C @ x
+
+    x = jnp.zeros_like(B_bar) if x0 is None else x0
+    x, y = jax.lax.scan(step, x, u)
+    return y, x
+
+
+# %%
+if RUN:
+    agree("scan", ssm_recurrence(A_bar, B_bar, C, u)[0], "loop", y)
+    first, x = ssm_recurrence(A_bar, B_bar, C, u[:77])
+    rest, _ = ssm_recurrence(A_bar, B_bar, C, u[77:], x)
+    agree("77 samples, then the rest", np.append(first, rest), "loop", y)
+
+
+# %% [markdown]
+# Each step costs the same, whatever came before: the state is all there is. Two things
+# are wrong with it as the heart of a neural network. A state of $N$ numbers costs $N^2$
+# multiplications a step, because the matrix $\bar A$ is full. And step $k$ must wait for
+# step $k - 1$, so a thousand samples are a thousand steps in a row, while a modern
+# processor wants to do them all at once. Part 4 removes the waiting, Part 5 the matrix.
+
+# %% [markdown]
+# ## Part 4: The convolution
+#
+# Unroll the recurrence from a state of zero and see what becomes of each input:
+#
+# $$
+# \begin{aligned}
+# y_0 &= C\bar B u_0 \\
+# y_1 &= C\bar A\bar B u_0 + C\bar B u_1 \\
+# y_2 &= C\bar A^2\bar B u_0 + C\bar A\bar B u_1 + C\bar B u_2 .
+# \end{aligned}
+# $$
+#
+# An input that is $l$ samples old always meets the same number, $C\bar A^l\bar B$. So
+# the output is a convolution with a fixed **kernel**:
+#
+# $$
+# y_k = \sum_{l=0}^{k} K_l\, u_{k-l}, \qquad K_l = C \bar A^l \bar B .
+# $$
+#
+# It is the integral of Part 1 after sampling. Each $y_k$ can be computed without
+# waiting for the others. The kernel needs no new code: it is the recurrence's answer to
+# a single blow, the input $1, 0, 0, \dots$
+
+# %%
+def ssm_kernel(A_bar, B_bar, C, L):
+    """Compute the convolution kernel K (L,) of a dense discrete system."""
+    K, _ = ssm_recurrence(A_bar, B_bar, C, jnp.zeros(L).at[0].set(1.0))
+    return K
+
+
+def direct_conv(u, K):
+    """Convolve causally by the definition. u and K (L,). Returns y (L,)."""
+    return np.convolve(u, K)[: len(u)]
+
+
+# %%
+if RUN:
+    K = ssm_kernel(A_bar, B_bar, C, STEPS)
+    agree("convolution", direct_conv(u, K), "loop", y)
+
+
+# %%
+@figure(damping=(0.0, 8.0), spring=(5.0, 80.0))
+def oscillator_kernel(damping=2.0, spring=40.0):
+    """The kernel of the oscillator (left). Each force sample starts a copy of the
+    kernel, scaled by the force; four of them are drawn, and the sum of all is the
+    output (right)."""
+    A, B, C = oscillator(1.0, spring, damping)
+    u, t = force(np.arange(STEPS) * DT), np.arange(STEPS) * DT
+    K = np.asarray(ssm_kernel(*ssm_discretize(A, B, DT), C, STEPS))
+    fig, (left, right) = canvas(1, 2, 2.8)
+    left.plot(t[:80], K[:80], ".-", lw=0.8, ms=4)
+    left.set(title="kernel $K_l$", xlabel="age of the input, $l\\Delta$ (s)")
+    for k in (16, 20, 24, 100):
+        right.plot(t[k:], u[k] * K[: STEPS - k] * 6, lw=0.9)
+    right.plot(t, direct_conv(u, K), color=INK)
+    right.set(title="copies (times 6) and their sum", xlabel="time (s)")
+    return fig
+
+
+# %% [markdown]
+# *What stands: one system, run in two ways. Training will use the convolution, because
+# it is parallel. Generating will use the recurrence, because it is cheap. But the kernel
+# still comes from the slow recurrence: $L$ products with a matrix. Exercise: what is
+# $\sum_l K_l$, and what does it say about the mass under a constant force?*
+
+# %% [markdown]
+# ## Part 5: Diagonalize
+#
+# Position and velocity are not the only coordinates of the state. Any invertible matrix
+# $V$ gives another, $x = V\tilde x$, and the same input and output:
+#
+# $$
+# \tilde x' = \underbrace{V^{-1} A V}_{\Lambda}\,\tilde x + \underbrace{V^{-1} B}_{\tilde B}\,u,
+# \qquad y = \underbrace{C V}_{\tilde C}\,\tilde x .
+# $$
+#
+# Choose the eigenvectors of $A$ as the columns of $V$. Then $\Lambda$ is diagonal, and
+# the system falls apart into $N$ systems of one number each, which do not talk to each
+# other: $\tilde x_n' = \lambda_n \tilde x_n + \tilde B_n u$. A step costs $N$
+# multiplications instead of $N^2$.
+#
+# ### Why complex numbers
+#
+# The eigenvalues of our spring are $-1 \pm 6.24\,i$, as the next cell prints. They
+# cannot be real. A real $\lambda$ gives a mode $e^{\lambda t}$, which decays or grows
+# and can never swing. A complex one gives
+#
+# $$
+# e^{\lambda t} = e^{\Re(\lambda)\, t} \big( \cos(\Im(\lambda)\, t) + i \sin(\Im(\lambda)\, t) \big):
+# $$
+#
+# the real part is how fast it fades, and must be negative for a memory that stays
+# bounded; the imaginary part is how fast it turns, in radians per second. Eigenvalues
+# are also called *poles*, and we will say so from now on.
+
+# %%
+if RUN:
+    poles, V = np.linalg.eig(A)
+    print("poles of the spring:", np.round(poles, 3))
+    B_eig, C_eig = np.linalg.solve(V, B), C @ V
+    poles_bar = np.exp(DT * poles)
+    B_eig_bar = (poles_bar - 1) / poles * B_eig
+    x, y_eig = np.zeros(2, complex), []
+    for u_k in u:
+        x = poles_bar * x + B_eig_bar * u_k  # one multiplication for each mode
+        y_eig.append(C_eig @ x)
+    agree("diagonal", np.real(y_eig), "dense", y)
+    print("largest imaginary part of y:", np.abs(np.imag(y_eig)).max())
+
+
+# %% [markdown]
+# ### Why half of them are enough
+#
+# The imaginary part of $y$ is zero, up to rounding, although everything in between is
+# complex. The matrix $A$ is real, so its complex poles come in conjugate pairs, and with
+# them the entries of $\tilde B$, $\tilde C$ and $\tilde x$. The two of a pair contribute
+# $\tilde C_n \tilde x_n$ and its conjugate, whose sum is
+#
+# $$
+# \tilde C_n \tilde x_n + \overline{\tilde C_n \tilde x_n} = 2 \,\Re \big( \tilde C_n \tilde x_n \big) .
+# $$
+#
+# So we keep one of each pair, $N/2$ complex numbers, and write $2\,\Re$ at the end. That
+# saves half of the work. It also keeps the output real when the numbers are learned: a
+# gradient step on both of a pair might tear them apart.
+#
+# ### S4D in one sentence
+#
+# **S4D is a linear system whose matrix is diagonal to begin with.** Nothing is ever
+# diagonalized. The model learns the poles $A_n$ themselves, and $B_n$, $C_n$ and
+# $\Delta$ beside them. Everything that needed linear algebra becomes elementwise:
+# zero-order hold is
+#
+# $$
+# \bar A_n = e^{\Delta A_n}, \qquad
+# \bar B_n = \frac{e^{\Delta A_n} - 1}{A_n} B_n = \Delta\,\varphi(\Delta A_n)\,B_n,
+# \qquad \varphi(z) = \frac{e^z - 1}{z} .
+# $$
+#
+# From here on `A`, `B`, `C` hold one of each conjugate pair.
+#
+# ### A subtraction that loses its digits
+#
+# Look at $\varphi$ for a small $z$. A slow mode on a fine grid has $|z| = 10^{-5}$ or
+# less. Then $e^z$ is $1.00001$, of which float32 keeps seven digits, and subtracting 1
+# leaves two of them. The next cell prints how bad it gets.
+
+# %%
+if RUN:
+    for size in (1e-1, 1e-3, 1e-5, 1e-7):
+        z = np.complex64(size * (-0.8 + 0.6j))
+        exact = np.expm1(np.complex128(z)) / np.complex128(z)
+        errors = [abs(f - exact) for f in ((jnp.exp(z) - 1) / z, jnp.expm1(z) / z)]
+        line = "|z| = {:.0e}   error by exp(z) - 1: {:.1e}   by expm1(z): {:.1e}"
+        print(line.format(size, *errors))
+
+
+# %% [markdown]
+# The cure has its own name in every mathematics library: `expm1(z)` computes $e^z - 1$
+# without forming $e^z$. At $z = 0$ the quotient is still 0/0, so near zero we use the
+# series $1 + z/2 + z^2/6 + \dots$ instead. It serves the derivative too, which has an
+# even worse cancellation. Now $A_n = 0$, a perfect integrator, is a pole like any other.
+
+# %%
+def phi(z):
+    """Compute (e^z - 1) / z, which is 1 at z = 0, to full precision."""
+    small = abs(z) < 0.01
+    series = 1
+    for n in range(7, 1, -1):
+        series = 1 + z / n * series  # 1 + z/2 (1 + z/3 (1 + z/4 ...
+    z = jnp.where(small, 1, z)  # the branch not taken must not divide by zero either
+    return jnp.where(small, series, jnp.expm1(z) / z)
+
+
+# %% [markdown]
+# With it the discretization of a diagonal system is three lines. The bilinear rule of
+# Part 2 becomes elementwise in the same way.
+
+# %%
+@functools.partial(jax.jit, static_argnames="method")
+def s4d_discretize(A, B, dt, method="zoh"):
+    """Turn a diagonal system into one from sample to sample.
+
+    A and B (..., N/2), dt (...), in the time unit of A. Returns A_bar and B_bar
+    (..., N/2). Raises ValueError for an unknown method. S4D paper, section 3.1.
+    """
+    require_choice("method", method, METHODS)
+    dt = jnp.asarray(dt)[..., None]
+    z = dt * A  # (..., N/2)
+    if method == "zoh":
+        return jnp.exp(z), dt * phi(z) * B
+    return (1 + z / 2) / (1 - z / 2), dt / (1 - z / 2) * B
+
+
+# %% [markdown]
+# ### The kernel in two lines
+#
+# Now the kernel. Powers of a diagonal matrix are powers of its entries, so
+#
+# $$
+# K_l = 2\,\Re \sum_{n} C_n\, \bar B_n\, \bar A_n^{\,l} .
+# $$
+#
+# For all $l$ at once this is a row vector times a matrix with $\bar A_n^{\,l}$ in row $n$
+# and column $l$. Each row lists the powers of one number: a **Vandermonde matrix**.
+#
+# $$
+# K = 2\,\Re\;
+# \begin{pmatrix} C_0\bar B_0 & C_1\bar B_1 & \cdots \end{pmatrix}
+# \begin{pmatrix}
+# 1 & \bar A_0 & \bar A_0^2 & \cdots & \bar A_0^{L-1} \\
+# 1 & \bar A_1 & \bar A_1^2 & \cdots & \bar A_1^{L-1} \\
+# \vdots & \vdots & \vdots & & \vdots
+# \end{pmatrix}
+# $$
+#
+# No recurrence is left, and no waiting: every entry can be computed on its own.
+
+# %%
+@functools.partial(jax.jit, static_argnames=("L", "method"))
+def vandermonde_kernel(A, B, C, dt, L, method="zoh"):
+    """Compute K (..., L) by the definition. A, B, C (..., N/2), dt (...)."""
+    A_bar, B_bar = s4d_discretize(A, B, dt, method)
+    V = A_bar[..., None] ** jnp.arange(L)  # (..., N/2, L)
+    return 2 * jnp.einsum("...n,...nl->...l", C * B_bar, V).real
+
+
+# %% [markdown]
+# The recurrence of Part 3 becomes elementwise as well. (`A_rest` is a refinement that
+# Part 6 explains; it is zero until then.)
+
+# %%
+@jax.jit
+def s4d_recurrence(A_bar, B_bar, C, u, x0=None, A_rest=0.0):
+    """Run a diagonal discrete system as a recurrence.
+
+    A_bar, B_bar, C, A_rest (..., N/2), u (..., L), x0 (..., N/2) or None for zeros.
+    Returns y (..., L) and the last state (..., N/2).
+    """
+
+    def step(x, u_k):
+        x = A_bar * x + (A_rest * x + B_bar * u_k[..., None])
+        return x, 2 * (C * x).sum(-1).real
+
+    x = B_bar * jnp.zeros_like(u[..., :1]) if x0 is None else x0  # (..., N/2)
+    x, y = jax.lax.scan(step, x, jnp.moveaxis(u, -1, 0))
+    return jnp.moveaxis(y, 0, -1), x
+
+
+# %% [markdown]
+# For the oscillator a single complex number remains. Its kernel and its recurrence must
+# give what the two real numbers gave.
+
+# %%
+def half_oscillator():
+    """The oscillator's upper pole and its B and C, each (1,) and complex."""
+    A, B, C = oscillator()
+    poles, V = np.linalg.eig(A)
+    upper = poles.imag > 0
+    B, C = np.linalg.solve(V, B), C @ V
+    return tuple(jnp.asarray(v[upper], complex) for v in (poles, B, C))
+
+
+if RUN:
+    A, B, C = half_oscillator()
+    K = vandermonde_kernel(A, B, C, DT, STEPS)
+    agree("Vandermonde kernel, convolved", direct_conv(u, K), "dense", y)
+    A_bar, B_bar = s4d_discretize(A, B, DT)
+    agree("recurrence of one number", s4d_recurrence(A_bar, B_bar, C, u)[0], "dense", y)
+
+
+# %% [markdown]
+# Here is one mode by itself. Move its pole: to the left it fades faster, away from the
+# real axis it turns faster. A kernel is a sum of such curves, with weights that the
+# model learns.
+
+# %%
+@figure(decay=(0.1, 4.0), frequency=(0.0, 20.0))
+def one_mode(decay=1.0, frequency=6.24):
+    """A pole in the complex plane (left), the path of its state after a blow (middle),
+    and what the output sees of it, twice the real part (right)."""
+    t = np.linspace(0, 5, 500)
+    x = np.exp((-decay + 1j * frequency) * t)
+    fig, (plane, path, kernel) = canvas(1, 3, 2.7)
+    plane.plot([-decay, -decay], [frequency, -frequency], "x", ms=9)
+    plane.axvline(0, color=INK, lw=0.8)
+    plane.set(xlim=(-4.5, 0.8), ylim=(-21, 21), title="pole and conjugate")
+    plane.set(xlabel="fades: $\\Re A$", ylabel="turns: $\\Im A$")
+    path.plot(x.real, x.imag, color=ORANGE)
+    path.set(aspect="equal", xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), title="state")
+    kernel.plot(t, 2 * x.real, color=GREEN)
+    kernel.set(title="output", xlabel="time (s)")
+    return fig
+
+
+# %% [markdown]
+# *What stands: a system is a few complex numbers, and its kernel is one matrix product.
+# Exercise: write the kernel of $A = 0$, $B = C = 1/2$. What does convolving with it do?*
+
+# %% [markdown]
+# ## Part 6: Fast
+#
+# A layer will need hundreds of kernels, thousands of samples long, at every training
+# step. Two computations carry all the cost: the convolution, $L^2$ multiplications by the
+# definition, and the kernel, $N L/2$ complex powers. Both can be had for much less. For
+# each we keep the plain form above, write the fast one, and ask whether they agree.
+#
+# ### The convolution by FFT, and how it wraps around
+#
+# The discrete Fourier transform turns convolution into multiplication, and the fast
+# Fourier transform (FFT) computes it in $L \log L$ operations. But it lives on a circle.
+# What runs out at the end comes in again at the start: a transform of length $L$ computes
+#
+# $$
+# y_l = \sum_{j} K_j\, u_{(l-j) \bmod L} .
+# $$
+#
+# The tail of the convolution, samples $L$ to $2L-2$, lands on its head. The usual cure is
+# to pad both with $L$ zeros, so that the tail lands on zeros and can be cut off.
+
+# %%
+@jax.jit
+def wrapped_conv(u, K):
+    """Convolve on a circle. u and K (..., L)."""
+    return jnp.fft.irfft(jnp.fft.rfft(u) * jnp.fft.rfft(K), u.shape[-1])
+
+
+@jax.jit
+def padded_conv(u, K):
+    """Convolve causally by an FFT of twice the length. u and K (..., L)."""
+    L = u.shape[-1]
+    Y = jnp.fft.rfft(u, 2 * L) * jnp.fft.rfft(K, 2 * L)  # (..., L + 1)
+    return jnp.fft.irfft(Y, 2 * L)[..., :L]
+
+
+# %%
+@figure(steps=(60, 200))
+def wraparound(steps=140):
+    """The oscillator's motion by two convolutions, cut while the mass still swings. On
+    the circle the tail of the swing falls on the quiet beginning."""
+    u = jnp.asarray(force(np.arange(steps) * DT))
+    A_bar, B_bar = ssm_discretize(*oscillator()[:2], DT)
+    K = ssm_kernel(A_bar, B_bar, oscillator()[2], steps)
+    t = np.arange(steps) * DT
+    fig, ax = canvas()
+    ax.plot(t, wrapped_conv(u, K), color=ORANGE, label="FFT, unpadded: wraps around")
+    ax.plot(t, padded_conv(u, K), color=BLUE, lw=4, alpha=0.4, label="FFT, padded")
+    ax.set(xlabel="time (s)", ylabel="position (m)")
+    ax.legend(loc="upper center")
+    return fig
+
+
+# %% [markdown]
+# ### Let it wrap, but mark it
+#
+# Padding doubles the work to keep the tail away from the head. But the tail does no harm
+# if we can tell it from the head afterwards. So mark it. Turn sample $l$ of both $u$ and
+# $K$ by an angle that grows from nothing to a quarter turn over the sequence: multiply by
+# $w^l$ with $w = e^{i\pi/2L}$. A product $K_j u_m$ is then turned by $w^{j+m}$. In the
+# head, where $j + m = l$, we undo the turn and the product is real again. In the tail,
+# $j + m = l + L$: undoing $w^l$ leaves $w^L = i$. A quarter turn remains.
+#
+# $$
+# w^{-l} \big( (w\,u) \circledast (w\,K) \big)_l
+# = \underbrace{(K * u)_l}_{\text{head: real}} + \; i \underbrace{(K * u)_{l+L}}_{\text{tail: imaginary}}
+# $$
+#
+# The real part is the answer, and nothing was padded. In the language of polynomials,
+# padding multiplies modulo $z^{2L} - 1$, and the twist multiplies modulo $z^L - i$.
+
+# %%
+@jax.jit
+def causal_conv(u, K):
+    """Convolve causally by an FFT that needs no padding. Returns y (..., L).
+
+    u and K (..., L), real. Raises ValueError if the lengths differ or are zero.
+    """
+    L = u.shape[-1]
+    fits = K.shape[-1] == L > 0
+    require(fits, f"u has length {L}, K {K.shape[-1]}", "the same, not zero")
+    w = jnp.exp(0.5j * jnp.pi / L * jnp.arange(L))  # (L,)
+    Y = jnp.fft.fft(w * u) * jnp.fft.fft(w * K)  # (..., L)
+    return (w.conj() * jnp.fft.ifft(Y)).real
+
+
+# %%
+if RUN:
+    u, y = u[:140], y[:140]  # ends while the mass still swings
+    K = vandermonde_kernel(A, B, C, DT, 140)
+    agree("padded FFT", padded_conv(u, K), "loop", y)
+    agree("twisted FFT", causal_conv(u, K), "loop", y)
+    wrong = np.abs(wrapped_conv(u, K) - y).max() / np.abs(y).max()
+    print(f"error of the unpadded FFT: {wrong:.0%} of the largest output")
+
+
+# %% [markdown]
+# ### The kernel from two small tables
+#
+# Now the kernel. For 256 channels with 32 modes each and 1,024 steps the Vandermonde
+# matrices hold eight million powers. Yet each row is determined by a single number. There
+# must be a way to reuse some of them for others.
+#
+# A clock has one. It names 3,600 seconds of an hour with 60 minutes and 60 seconds: two
+# short lists, and every pair is a moment. Write the step likewise as $l = g\,b + j$, with
+# $b$ close to $\sqrt L$. Then
+#
+# $$
+# \bar A_n^{\,gb + j} = \bar A_n^{\,gb} \cdot \bar A_n^{\,j} ,
+# $$
+#
+# and two lists of $\sqrt L$ powers give all $L$. What remains is a sum over the modes of
+# products of an entry for $g$ with an entry for $j$, which is a matrix product:
+#
+# $$
+# K_{gb + j} = \Re \sum_n
+#   \underbrace{2\,C_n \bar B_n\,\bar A_n^{\,gb}}_{X_{ng}} \;
+#   \underbrace{\bar A_n^{\,j}}_{Y_{nj}}
+# = \sum_n \big( \Re X_{ng} \, \Re Y_{nj} - \Im X_{ng} \, \Im Y_{nj} \big) .
+# $$
+#
+# Of $N L/2$ powers, $N \sqrt L$ are left. The rest is multiplications and additions,
+# arranged in the way that processors are built for. Stack real above imaginary parts, and
+# it is one real matrix product per channel.
+
+# %%
+@functools.partial(jax.jit, static_argnames=("L", "method"))
+def mode_sum(W, A, dt, L, method="zoh"):
+    """Compute 2 Re sum_n W_n A_bar_n^l for l = 0 ... L-1. Returns (..., L).
+
+    W (..., N/2) may have more leading axes than A (..., N/2) and dt (...).
+    """
+    b = 2 ** math.ceil(math.log2(L) / 2)
+    g = -(-L // b)  # rounded up
+    X = pole_powers(A, dt, b * jnp.arange(g), method)  # (..., N/2, g)
+    X = 2 * W[..., None] * X
+    Y = pole_powers(A, dt, jnp.arange(b), method)  # (..., N/2, b)
+    X = jnp.concatenate([X.real, -X.imag], -2)  # (..., N, g)
+    Y = jnp.concatenate([Y.real, Y.imag], -2)  # (..., N, b)
+    K = jnp.einsum("...ng,...nb->...gb", X, Y, precision="highest")
+    return K.reshape(*K.shape[:-2], g * b)[..., :L]
+
+
+# %%
+@functools.partial(jax.jit, static_argnames=("L", "method"))
+def s4d_kernel(A, B, C, dt, L, method="zoh"):
+    """Compute the convolution kernel K (..., L), real, of a diagonal system.
+
+    A, B, C (..., N/2) complex, dt (...), L >= 1. Raises ValueError for another L or an
+    unknown method. S4D paper, section 3.2; the tables are ours.
+    """
+    require_count("L", L)
+    A, B, C, dt = map(jnp.asarray, (A, B, C, dt))
+    _, B_bar = s4d_discretize(A, B, dt, method)
+    return mode_sum(C * B_bar, A, dt, L, method)
+
+
+# %% [markdown]
+# ### Powers that stay exact
+#
+# The function `pole_powers` is still to be written. One line would do,
+# `exp(dt * A * k)`, and it has two faults. It is slow, because on most processors sine
+# and cosine cost more than all the rest. And it is inexact. A fast mode turns through
+# thousands of radians over a long sequence; float32 holds such an angle to no better
+# than a thousandth of a radian, and the error is in every output.
+#
+# Both have one cause: we count full turns that nobody needs. Ask a clock again. After
+# twelve hours its hand starts anew, and no precision is lost over the years. We give the
+# full turn $2^{32}$ ticks and count ticks in 32-bit integers. When such an integer
+# overflows, it wraps around, just as an angle does. So $k$ times the ticks of one step is
+# the right angle for every $k$, and the reduction costs nothing. (Electronic
+# synthesizers make their tones with the same trick, a *phase accumulator*.)
+#
+# The ticks of one step must themselves be known well, or the error would grow with $k$.
+# We compute them, and the fraction of a tick that is left over, in double precision.
+# These are $N/2$ numbers a channel, once: it costs nothing.
+
+# %%
+def log_poles(A, dt, method):
+    """Compute log(A_bar) in double precision. A (..., N/2), dt (...)."""
+    z = A.astype(jnp.complex128) * dt.astype(jnp.float64)[..., None]
+    if method == "zoh":
+        return z
+    ahead = jnp.where(abs(1 + z / 2) < 1e-7, 1e-7, 1 + z / 2)  # log(0) is not finite
+    return jnp.log(ahead / (1 - z / 2))
+
+
+# %%
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def pole_powers(A, dt, k, method="zoh"):
+    """Compute A_bar^k, (..., N/2, K), for integers k (K,). A (..., N/2), dt (...)."""
+    real = A.real.dtype
+    with jax.enable_x64(True):
+        z = log_poles(A, dt, method)
+        turn = z.imag * (2.0**32 / (2 * jnp.pi))  # of one step, in ticks
+        ticks = jnp.round(turn)
+        rest, fade = (turn - ticks).astype(real), z.real.astype(real)
+        ticks = ticks.astype(jnp.int64).astype(jnp.int32)
+    ticks, rest, fade = ticks[..., None], rest[..., None], fade[..., None]
+    ticks = ticks * k.astype(jnp.int32)  # wraps around
+    turns = (ticks.astype(real) + rest * k) * 2.0**-32  # between -1/2 and 1/2
+    cosine, sine = circle(turns)
+    return jnp.exp(fade * k) * jax.lax.complex(cosine, sine)
+
+
+# %% [markdown]
+# The derivative needs no new exponential, since
+# $\tfrac{d}{dz} e^{kz} = k\,e^{kz}$. JAX would not find that by itself through the
+# integers, so we say it. For the bilinear rule $z = \log \bar A$ has the derivative
+# $\Delta A'/(1 - (\Delta A/2)^2)$.
+
+# %%
+@pole_powers.defjvp
+def _(method, primals, tangents):
+    A, dt, k = primals
+    dt, (dA, ddt, _) = dt[..., None], tangents
+    powers = pole_powers(*primals, method)
+    dz = dA * dt + A * ddt[..., None]
+    if method == "bilinear":
+        half = A * dt / 2
+        ahead = jnp.where(abs(1 + half) < 1e-7, 1e-7, 1 + half)
+        dz = dz / (ahead * (1 - half))
+    return powers, powers * (k * dz[..., None])
+
+
+# %% [markdown]
+# What is left is a point on the circle at a given part of a turn. The angle now lies
+# between minus and plus half a turn, and half of it between minus and plus a quarter.
+# There the Taylor series of sine and cosine converge so fast that eight terms give all
+# of float32. The double-angle formulas $\cos 2a = 1 - 2 \sin^2 a$ and
+# $\sin 2a = 2 \sin a \cos a$ do the rest. Unlike a library's sine these are two dozen
+# multiplications and additions without a branch, which the compiler turns into the
+# processor's vector instructions.
+
+# %%
+def circle(turns):
+    """Compute cosine and sine of an angle in turns, between -1/2 and 1/2."""
+    a = jnp.pi * turns  # half of the angle, in radians
+    sine = cosine = jnp.zeros_like(a)
+    for k in reversed(range(8 if a.dtype == jnp.float32 else 13)):
+        sine = sine * a**2 + (-1) ** k / math.factorial(2 * k + 1)
+        cosine = cosine * a**2 + (-1) ** k / math.factorial(2 * k)
+    sine = sine * a
+    return 1 - 2 * sine**2, 2 * sine * cosine
+
+
+# %% [markdown]
+# Does it agree? On the spring, and then where it is hard: 32 modes that turn up to 1,280
+# radians per second, over 4,096 steps of a millisecond, against double precision.
+
+# %%
+if RUN:
+    K = vandermonde_kernel(A, B, C, DT, STEPS)
+    agree("fast kernel", s4d_kernel(A, B, C, DT, STEPS), "Vandermonde", K)
+    fast, ones = np.complex64(-0.5 + 40j * np.arange(1, 33)), np.ones(32)
+    z, dt = fast.astype(complex), np.float32(1e-3)
+    exact = 2 * (np.expm1(dt * z) / z @ np.exp(np.outer(dt * z, np.arange(4096)))).real
+    plain = vandermonde_kernel(fast, ones, ones, dt, 4096)
+    agree("Vandermonde, float32", plain, "float64", exact, 1e-3)
+    K = s4d_kernel(fast, ones, ones, dt, 4096)
+    agree("fast kernel, float32", K, "float64", exact)
+
+
+# %% [markdown]
+# ### What rounding does to the recurrence
+#
+# The same care pays in the recurrence. A slow mode on a fine grid has a pole such as
+# $\bar A = 0.99995$. Its distance from 1 is all that matters, and float32 knows it to
+# one part in a thousand. The convolution above does not share that error, because it
+# never forms $\bar A$. So the two views drift apart over a long sequence, and users of
+# such models have long wondered why.
+#
+# The cure is to keep what rounding cut off. Compute $\bar A$ in double precision, round
+# it, and keep the difference: $\bar A$ and `A_rest` together hold twice the digits. The
+# step is $x \leftarrow \bar A x + (A_{\text{rest}}\,x + \bar B u)$.
+
+# %%
+@functools.partial(jax.jit, static_argnames="method")
+def pole_rest(A, dt, A_bar, method="zoh"):
+    """Return what rounding cut off A_bar (..., N/2). A constant to the gradient."""
+    A, dt, A_bar = jax.lax.stop_gradient((A, jnp.asarray(dt), A_bar))
+    with jax.enable_x64(True):
+        return (jnp.exp(log_poles(A, dt, method)) - A_bar).astype(A_bar.dtype)
+
+
+# %% [markdown]
+# Sixteen slow modes, 65,536 steps of a tenth of a millisecond, random input:
+
+# %%
+if RUN:
+    slow, ones = jnp.asarray(-0.5 + 1j * np.pi * np.arange(16)), jnp.ones(16) + 0j
+    dt, noise = jnp.float32(1e-4), jax.random.normal(jax.random.key(0), (65536,))
+    y_conv = causal_conv(noise, s4d_kernel(slow, ones, ones, dt, 65536))
+    slow_bar, ones_bar = s4d_discretize(slow, ones, dt)
+    rounded, _ = s4d_recurrence(slow_bar, ones_bar, ones, noise)
+    agree("recurrence, rounded", rounded, "convolution", y_conv, 1e-3)
+    rest = pole_rest(slow, dt, slow_bar)
+    kept, _ = s4d_recurrence(slow_bar, ones_bar, ones, noise, A_rest=rest)
+    agree("recurrence, with the rest", kept, "convolution", y_conv)
+
+
+# %% [markdown]
+# ### Every state, in parallel
+#
+# The convolution gives the outputs and no state. Sometimes one wants the states at all
+# times: to start a rollout from any of them, to look inside, to vary $\Delta$ from step
+# to step. The recurrence gives them one after the other. A *parallel scan* needs only
+# $\log_2 L$ rounds.
+#
+# The trick is to see a step $x \mapsto a\,x + v$ as a thing of its own, a pair $(a, v)$.
+# First $(a_1, v_1)$ and then $(a_2, v_2)$ is again such a step:
+#
+# $$
+# a_2 (a_1 x + v_1) + v_2 = \underbrace{(a_2 a_1)}_{a} x + \underbrace{(a_2 v_1 + v_2)}_{v} .
+# $$
+#
+# Combining is associative, so neighbours can be combined in pairs, all pairs at once,
+# then pairs of pairs. `jax.lax.associative_scan` does the bookkeeping. The products of
+# the $a$ are squares of squares, and each squaring doubles their relative error: they
+# alone are kept in double precision.
+
+# %%
+@jax.jit
+def s4d_scan(A_bar, B_bar, C, u, x0=None, A_rest=0.0):
+    """Run a diagonal discrete system in parallel over time, keeping every state.
+
+    A_bar, B_bar, C (..., N/2), u (..., L), x0 (..., N/2) or None; A_rest as in
+    `s4d_recurrence`. Returns y (..., L) and x (..., L, N/2).
+    """
+
+    def combine(first, second):
+        (a1, v1), (a2, v2) = first, second
+        return a2 * a1, a2.astype(v1.dtype) * v1 + v2
+
+    v = B_bar[..., None, :] * u[..., None]  # (..., L, N/2)
+    if x0 is not None:
+        v = v.at[..., 0, :].add(A_bar * x0 + A_rest * x0)
+    with jax.enable_x64(True):
+        a = (A_bar.astype(jnp.complex128) + A_rest)[..., None, :]
+        a = jnp.broadcast_to(a, v.shape[-a.ndim:-2] + v.shape[-2:])
+        a = a.reshape((1,) * (v.ndim - a.ndim) + a.shape)
+        _, x = jax.lax.associative_scan(combine, (a, v), axis=v.ndim - 2)
+    return 2 * (C[..., None, :] * x).sum(-1).real, x
+
+
+# %%
+if RUN:
+    u, y = force(t), s4d_recurrence(A_bar, B_bar, C, force(t))[0]
+    y_scan, x = s4d_scan(A_bar, B_bar, C, u)
+    agree("parallel scan", y_scan, "recurrence", y)
+    _, x77 = s4d_recurrence(A_bar, B_bar, C, u[:77])
+    agree("its state after 77", x[76], "recurrence", x77)
+    y_rest, _ = s4d_scan(A_bar, B_bar, C, u[77:], x[76])
+    agree("started from there", y_rest, "recurrence", y[77:])
+
+
+# %% [markdown]
+# ### What it costs
+#
+# The picture shows the time of one call on the machine that made it, for 32 channels
+# with $N = 64$. Both axes are logarithmic.
+
+# %%
+def best_time(f, *args, repeats=5):
+    """Seconds of the fastest of some calls of a compiled function."""
+    f, times = jax.jit(f), []
+    jax.block_until_ready(f(*args))  # compile
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(f(*args))
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+# %%
+def costs(L, H=32, N=64):
+    """Seconds of each form of kernel and of output, for H channels of length L."""
+    A = jnp.tile(-0.5 + 1j * jnp.pi * jnp.arange(N // 2), (H, 1))
+    B, dt, u = jnp.ones_like(A), jnp.full(H, 0.01), jnp.ones((H, L))
+    K, discrete = s4d_kernel(A, B, B, dt, L), (*s4d_discretize(A, B, dt), B)
+    kernels = {"definition": vandermonde_kernel, "two tables": s4d_kernel}
+    runs = {"recurrence": s4d_recurrence, "parallel scan": s4d_scan}
+    ffts = {"FFT, padded": padded_conv, "FFT, twisted": causal_conv}
+    times = {k: best_time(f, *discrete, u, repeats=2) for k, f in runs.items()}
+    times |= {k: best_time(f, u, K) for k, f in ffts.items()}
+    for_L = functools.partial(functools.partial, L=L)
+    return {k: best_time(for_L(f), A, B, B, dt) for k, f in kernels.items()}, times
+
+
+# %%
+@figure()
+def cost_against_length():
+    """Milliseconds for one call against the length. Left, the kernel by its definition
+    and by tables. Right, the output by recurrence, parallel scan and FFT."""
+    lengths = [256, 1024, 4096]
+    fig, axes = canvas(1, 2, 3.2)
+    for ax, title, rows in zip(axes, ("kernel", "output"), zip(*map(costs, lengths))):
+        for name in rows[0]:
+            ms = [row[name] * 1e3 for row in rows]
+            ax.loglog(lengths, ms, "o-", ms=4, label=name)
+        ax.set(title=title, xlabel="length $L$", ylabel="milliseconds")
+        ax.legend(fontsize=9)
+    return fig
+
+
+# %% [markdown]
+# *What stands: the same kernel and the same convolution as before, at a fraction of the
+# cost, and the state at every step when we want it. Exercise: the tables also work with
+# three digits, $l = g b^2 + h b + j$. Why is that not faster?*
+
+# %% [markdown]
+# ## Part 7: Where to start
+#
+# A layer learns its poles by gradient descent. Where should it start? The kernels that a
+# layer can reach from its first poles decide what it can remember. Poles on the real
+# axis are the obvious first thought, and a poor one: their kernels $e^{-at}$ can only
+# fade. Before S4, that was what made long memory hard to train.
+#
+# ### A memory made of polynomials
+#
+# HiPPO (Gu, Dao, Ermon, Rudra and Ré, 2020) turned the question round. *Suppose the state
+# should be the best possible summary of the whole past. What must $A$ and $B$ be?* Take
+# the past of $u$, and write it as a sum of the first $N$ Legendre polynomials, the
+# orthogonal polynomials that fit with least square error. Let the state be the
+# coefficients. As time goes on the past grows, and the coefficients change according to
+# a linear differential equation. Its matrix is called **LegS**:
+#
+# $$
+# A_{nk} = -\begin{cases} \sqrt{(2n+1)(2k+1)} & n > k \\ n + 1 & n = k \\ 0 & n < k \end{cases},
+# \qquad B_n = \sqrt{2n+1} .
+# $$
+#
+# Taken as a system with constant coefficients, as S4 does, its state remembers the past
+# in a stretched time $s = e^{-t}$, in which all of the past fits between 0 and 1 and
+# the present is seen most sharply. The kernel of state $n$ is the Legendre polynomial
+# $P_n$ in that time,
+#
+# $$
+# \big( e^{tA} B \big)_n = \sqrt{2n+1}\; e^{-t} P_n(2e^{-t} - 1) ,
+# $$
+#
+# which the next cell compares with the matrix exponential.
+
+# %%
+def hippo_legs(N):
+    """Return the HiPPO-LegS system, A (N, N) and B (N,). HiPPO paper, theorem 2."""
+    require_count("N", N)
+    r = np.sqrt(2 * np.arange(N) + 1.0)
+    A = -np.tril(np.outer(r, r), -1) - np.diag(np.arange(N) + 1.0)
+    return A, r
+
+
+# %%
+if RUN:
+    A_legs, B_legs = hippo_legs(16)
+    for s in (0.1, 1.0, 3.0):
+        P = scipy.special.eval_legendre(np.arange(16), 2 * np.exp(-s) - 1)
+        kernels = scipy.linalg.expm(s * A_legs) @ B_legs
+        agree(f"exp({s} A) B", kernels, "Legendre", B_legs * np.exp(-s) * P, 1e-12)
+
+
+# %% [markdown]
+# ### From LegS to a diagonal
+#
+# LegS is a full matrix, and it cannot be diagonalized in practice: its eigenvectors are
+# so nearly parallel that the change of basis loses every digit. But it is *almost* a
+# matrix that can. Add the product $PP^\top$ with $P_n = \sqrt{n + 1/2}$, a matrix of rank
+# one:
+#
+# $$
+# A + PP^\top = -\tfrac12 I + S, \qquad S_{nk} = \mp \sqrt{(n + \tfrac12)(k + \tfrac12)},
+# \qquad S^\top = -S .
+# $$
+#
+# (The sign is minus below and plus above the diagonal.) A skew-symmetric $S$ has purely
+# imaginary eigenvalues and orthogonal eigenvectors, the best that one can ask for. S4
+# keeps the rank-one term and pays for it with a complicated kernel. **S4D-LegS drops
+# it**, and keeps the eigenvalues: all real parts are $-\tfrac12$, and the imaginary parts
+# are those of $S$.
+#
+# Why may one drop it? With the rank-one term goes half of the input ($B/2$ in place of
+# $B$), and as $N \to \infty$ the two systems give the same output (S4D paper, theorem 3).
+# The convergence is weak. The next cell prints, for the first four states, how far
+# apart the *responses* to a smooth input are, and how far the *kernels*. The responses
+# meet; the kernels do not. The diagonal kernel carries a fast ripple that never gets
+# smaller, only faster, and a smooth input averages it away.
+
+# %%
+def legs_normal(N):
+    """Poles (N,) and orthonormal eigenvectors (N, N) of A + P P^T for LegS."""
+    A, _ = hippo_legs(N)
+    P = np.sqrt(np.arange(N) + 0.5)
+    frequencies, V = np.linalg.eigh(-1j * (A + np.outer(P, P) + np.eye(N) / 2))
+    return -0.5 + 1j * frequencies, V
+
+
+# %%
+def legs_and_diagonal(N, t):
+    """First four kernels (4, L) of LegS and of its diagonal part, at times t (L,)."""
+    n, (poles, V) = np.arange(4)[:, None], legs_normal(N)
+    P = scipy.special.eval_legendre(n, 2 * np.exp(-t) - 1)
+    legs = np.sqrt(2 * n + 1) * np.exp(-t) * P
+    B = V.conj().T @ hippo_legs(N)[1] / 2
+    return legs, (V[:4] * B @ np.exp(np.outer(poles, t))).real
+
+
+# %%
+if RUN:
+    fine = (np.arange(20000) + 0.5) / 4000
+    smooth = np.sin(2 * fine) + np.sin(5 * fine) * np.exp(-0.2 * fine)
+    for N in (8, 32, 128):
+        K2 = legs_and_diagonal(N, fine)
+        y2 = [scipy.signal.fftconvolve(k, smooth[None], axes=-1)[:, :20000] for k in K2]
+        apart = [np.abs(a - b).max() / np.abs(a).max() for a, b in (y2, K2)]
+        print("N = {:3d}   responses {:.4f}   kernels {:.2f} apart".format(N, *apart))
+
+
+# %% [markdown]
+# ### Simpler starting points
+#
+# Once the poles need not come from LegS, they may be written down. S4D-Inv fits the
+# frequencies of LegS by a formula, few fast modes and many slow ones. S4D-Lin spaces them
+# evenly, like a Fourier series. Here is each by its name, for $n = 0 \dots N/2 - 1$:
+#
+# | name | pole $A_n$ | idea |
+# |:-----|:-----------|:-----|
+# | `legs` | $-\tfrac12 + i\,\Im\,\mathrm{eig}(S)_n$ | the normal part of HiPPO-LegS |
+# | `inv` | $-\tfrac12 + i \tfrac{N}{\pi} \big( \tfrac{N}{2n+1} - 1 \big)$ | a formula close to `legs` |
+# | `inv2` | $-\tfrac12 + i \tfrac{N}{\pi} \big( \tfrac{N}{n+1} - 1 \big)$ | the same, twice as fast |
+# | `lin` | $-\tfrac12 + i \pi n$ | evenly spaced frequencies |
+# | `quad` | $-\tfrac12 + i (1 + 2n)^2 / \pi$ | most of them fast |
+# | `rand` | $-\tfrac12 + i\, e^{\mathcal N(0, 1)}$ | frequencies without a plan |
+# | `real` | $-(n + 1)$ | no frequency at all |
+
+# %%
+INITS = ("legs", "inv", "inv2", "lin", "quad", "rand", "real")
+
+
+def s4d_init(name, N, key=None):
+    """Return the initial poles A (N/2,), complex, one of each conjugate pair.
+
+    N is the state size, even; key (a jax.random key) is needed for "rand" alone.
+    Raises ValueError for anything else. S4D paper, section 4.
+    """
+    require_choice("init", name, INITS)
+    require_count("N", N, multiple=2)
+    fits = key is not None or name != "rand"
+    require(fits, "key is None", 'a jax.random key for "rand"')
+    n = np.arange(N // 2)
+    if name == "real":
+        return jnp.asarray(-(n + 1.0) + 0j)
+    frequencies = {
+        "legs": lambda: np.sort(legs_normal(N)[0].imag)[N // 2 :],
+        "inv": lambda: N / np.pi * (N / (2 * n + 1) - 1),
+        "inv2": lambda: N / np.pi * (N / (n + 1) - 1),
+        "lin": lambda: np.pi * n,
+        "quad": lambda: (1 + 2 * n) ** 2 / np.pi,
+        "rand": lambda: jnp.exp(jax.random.normal(key, (N // 2,))),
+    }[name]()
+    return jnp.asarray(-0.5 + 1j * frequencies)
+
+
+# %%
+@figure(N=[4, 8, 16, 32, 64], log10_dt=(-3.0, -1.0))
+def basis_kernels(N=32, log10_dt=-2.0):
+    """Poles of each initialization (top; both halves, frequency upwards) and the first
+    of the kernels that it offers to a layer, those of its slowest modes (bottom)."""
+    fig, axes = canvas(2, 7, 4.4, sharey="row", sharex="row")
+    l = np.arange(1024)
+    for (top, bottom), name in zip(axes.T, INITS):
+        A = np.asarray(s4d_init(name, N, jax.random.key(0)))
+        top.plot(A.real, A.imag, ".", ms=4)
+        top.plot(A.real, -A.imag, ".", ms=4, alpha=0.4)
+        top.set(title=name)
+        slowest = A[np.argsort(np.abs(A.imag), stable=True)[:4]]
+        K = np.exp(np.outer(slowest, l * 10**log10_dt)).real
+        bottom.plot(l, (K - 2.2 * np.arange(4)[:, None]).T, lw=0.9, color=GREEN)
+        bottom.set(yticks=[], xticks=[0, 1000])
+    axes[0, 0].set(yscale="symlog", ylabel="$\\Im A$", xlim=(-9, 1))
+    axes[1, 0].set(ylabel="basis kernels")
+    fig.supxlabel("step $l$", fontsize=11)
+    return fig
+
+
+# %% [markdown]
+# ### A test of memory
+#
+# What is a set of kernels good for? A demanding task is a *delay*: output what came in
+# 512 steps ago. Its kernel is a single narrow bump at $l = 512$. We ask each
+# initialization how close a weighted sum of its 32 modes comes to that bump, by least
+# squares over the weights $C$, before anything is learned.
+
+# %%
+def delay_fit(name, N=64, L=1024, dt=1 / 512, width=16):
+    """Fit a bump in the middle with the modes of an initialization.
+
+    Returns the bump (L,), the fit (L,) and the relative error.
+    """
+    A = np.asarray(s4d_init(name, N, jax.random.key(0)), np.complex128)
+    modes = np.exp(np.outer(np.arange(L) * dt, A))
+    modes = np.concatenate([modes.real, -modes.imag], 1)  # (L, N)
+    bump = np.exp(-0.5 * ((np.arange(L) - L // 2) / width) ** 2)
+    fit = modes @ np.linalg.lstsq(modes, bump)[0]
+    return bump, fit, np.linalg.norm(fit - bump) / np.linalg.norm(bump)
+
+
+if RUN:
+    for name in INITS:
+        print(f"{name:5s} leaves {delay_fit(name)[2]:.3f}")
+
+
+# %%
+@figure(width=(8, 64), log2_dt=(-11, -7))
+def memory_of_a_delay(width=16, log2_dt=-9):
+    """A bump 512 steps in the past (grey), fitted with the 32 modes of five starting
+    points. The number is the relative error that remains."""
+    fig, axes = canvas(1, 5, 2.4, sharey=True)
+    for ax, name in zip(axes, ("lin", "legs", "inv", "rand", "real")):
+        bump, fit, error = delay_fit(name, width=width, dt=2.0**log2_dt)
+        ax.plot(bump, color=INK, lw=3, alpha=0.5)
+        ax.plot(fit, lw=1.2)
+        ax.set(title=f"{name}: {error:.3f}", xticks=[0, 512, 1024])
+    fig.supxlabel("step $l$", fontsize=11)
+    return fig
+
+
+# %% [markdown]
+# Frequencies spread over the right range make a memory; random and real poles do not.
+# `lin` is best here because this delay suits its range: at $\Delta = 1/512$ its slowest
+# mode spans the 1,024 steps just once. Move the step $\Delta$ in the picture, and `lin`
+# falls behind while `legs` and `inv`, whose frequencies span a wider range, hold up.
+#
+# *What stands: seven ways to place the poles, and a reason to prefer some. Exercise: the
+# picture has $N/2 = 32$ modes for 1,024 steps. How narrow may the bump be before `lin`
+# fails, and why?*
+
+# %% [markdown]
+# ## Part 8: The layer
+#
+# All the mathematics is in place; what follows makes it learn. A layer runs $H$ systems
+# side by side, one for each channel of its input, each with its own poles, weights and
+# $\Delta$. Gradient descent will push the parameters anywhere it likes, so each is stored
+# in a form in which every value is allowed:
+#
+# - $\Re A$ must be negative. We store its logarithm, $\Re A = -e^{\texttt{log\_A\_real}}$.
+# - $\Delta$ must be positive, and matters by its order of magnitude. We store `log_dt`, and
+#   start it anywhere between 0.001 and 0.1, evenly in the logarithm: a channel with a small
+#   $\Delta$ sees far into the past, one with a large $\Delta$ is sharp.
+# - $B$ and $C$ are complex. They are stored as pairs of real numbers, because optimizers
+#   disagree on what to do with complex ones.
+# - $D$, the wire from Part 1, is a real number per channel.
+#
+# All of them learn, $B$ included. The method `system` at the end turns the stored numbers
+# into a system that is allowed.
+
+# %%
+class DiagonalSSM(nnx.Module):
+    """The parameters of H = d_model diagonal systems with N = d_state, even.
+
+    dt is drawn log-uniformly from [dt_min, dt_max]. Raises ValueError for values out
+    of range. S4D paper, sections 3 and 4.
+    """
+
+    def __init__(self, d_model, d_state=64, *, init="legs", discretization="zoh",
+                 dt_min=0.001, dt_max=0.1, rngs):
+        require_count("d_model", d_model)
+        require_count("d_state", d_state, multiple=2)
+        require_choice("discretization", discretization, METHODS)
+        fits = 0 < dt_min <= dt_max < math.inf
+        require(fits, f"dt_min is {dt_min}, dt_max {dt_max}", "0 < dt_min <= dt_max")
+        self.method, shape = discretization, (d_model, d_state // 2)
+        A = jnp.broadcast_to(s4d_init(init, d_state, rngs.params()), shape)
+        place = jax.random.uniform(rngs.params(), (d_model,))
+        log_dt = math.log(dt_min) + place * math.log(dt_max / dt_min)
+        self.log_dt = nnx.Param(log_dt)  # (H,)
+        self.log_A_real = nnx.Param(jnp.log(-A.real))  # (H, N/2)
+        self.A_imag = nnx.Param(A.imag)  # (H, N/2)
+        self.B = nnx.Param(jnp.stack([jnp.ones(shape), jnp.zeros(shape)], -1))
+        self.C = nnx.Param(jax.random.normal(rngs.params(), (*shape, 2)) * 0.5**0.5)
+        self.D = nnx.Param(jax.random.normal(rngs.params(), (d_model,)))  # (H,)
+
+    def system(self):
+        """Return A, B, C (H, N/2), complex, and dt (H,), within their constraints."""
+        A = jax.lax.complex(-jnp.exp(self.log_A_real[...]), self.A_imag[...])
+        B, C = (jax.lax.complex(p[..., 0], p[..., 1]) for p in (self.B, self.C))
+        return A, B, C, jnp.exp(self.log_dt[...])
+
+
+# %% [markdown]
+# ### One contract, three ways to run
+#
+# A layer can be *called* on whole sequences, which trains it. It can *step*: one sample
+# and a state in, one output and a state out. And it can *advance*: a chunk of any length
+# and a state in, the chunk's outputs and a state out, by convolution. The contract is
+# that they agree, however a sequence is cut. Stepping we have. Advancing from a state $x$
+# needs two more formulas. Unroll the recurrence from $x$ instead of zero:
+#
+# $$
+# y_l = 2\,\Re \sum_n C_n \bar A_n^{\,l+1} x_n + (K * u)_l ,
+# \qquad
+# x \leftarrow \bar A^{\,L} x + \sum_{j=0}^{L-1} \bar A^{\,L-1-j}\, \bar B\, u_j .
+# $$
+#
+# The first sum is `mode_sum` again, with other weights. The second is its mirror image:
+# there the modes were summed and the steps remained, here the steps are summed and the
+# modes remain. The same two tables do it, read backwards.
+#
+# Rows of a batch may have different lengths, filled up with padding. Outputs before the
+# padding are right by themselves, as nothing looks ahead. But the state must be the one
+# after the row's last sample, and not after the padding. So each row is first moved to
+# the right, until it ends where the array ends.
+
+# %%
+@functools.partial(jax.jit, static_argnames="method")
+def state_after(A, B, dt, x, u, lengths, method="zoh"):
+    """Return the state (batch, H, N/2) after lengths[i] samples of row i.
+
+    A, B (H, N/2), dt (H,), x (batch, H, N/2), u (batch, H, L), lengths (batch,).
+    """
+    L = u.shape[-1]
+    b = 2 ** math.ceil(math.log2(L) / 2)
+    g = -(-L // b)
+    place = lengths[:, None] - g * b + jnp.arange(g * b)  # right-aligned, (batch, gb)
+    u = jnp.take_along_axis(u, jnp.clip(place, 0, L - 1)[:, None], -1)
+    u = jnp.where(place[:, None] >= 0, u, 0).reshape(*u.shape[:2], g, b)
+    Y = pole_powers(A, dt, jnp.arange(b)[::-1], method)  # (H, N/2, b)
+    X = pole_powers(A, dt, b * jnp.arange(g)[::-1], method)  # (H, N/2, g)
+    Y = jnp.concatenate([Y.real, Y.imag], -2)  # (H, N, b)
+    inner = jnp.einsum("zhgb,hnb->zhng", u, Y, precision="highest")
+    inner = jax.lax.complex(*jnp.split(inner, 2, axis=2))  # (batch, H, N/2, g)
+    _, B_bar = s4d_discretize(A, B, dt, method)
+    faded = jnp.moveaxis(pole_powers(A, dt, lengths, method), -1, 0)  # (batch, H, N/2)
+    return faded * x + B_bar * (inner * X).sum(-1)
+
+
+# %% [markdown]
+# Stepping is one line of the recurrence, and advancing is the two formulas:
+
+# %%
+@functools.partial(jax.jit, static_argnames="method")
+def s4d_step(A, B, C, dt, x, u, method="zoh"):
+    """Take one step. x (..., H, N/2), u (..., H). Returns the new x, and y (..., H)."""
+    A_bar, B_bar = s4d_discretize(A, B, dt, method)
+    x = A_bar * x + (pole_rest(A, dt, A_bar, method) * x + B_bar * u[..., None])
+    return x, 2 * (C * x).sum(-1).real
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def s4d_advance(A, B, C, dt, x, u, lengths, method="zoh"):
+    """Take a chunk of steps by convolution. x (batch, H, N/2), u (batch, H, L).
+
+    Returns the state after lengths[i] samples of row i, and y (batch, H, L).
+    """
+    L = u.shape[-1]
+    A_bar, _ = s4d_discretize(A, B, dt, method)
+    y = causal_conv(u, s4d_kernel(A, B, C, dt, L, method))
+    y = y + mode_sum(C * A_bar * x, A, dt, L, method)
+    return state_after(A, B, dt, x, u, lengths, method), y
+
+
+# %% [markdown]
+# ### From the systems' output to the layer's
+#
+# The $H$ systems are linear and do not see each other. Two things are missing: a
+# nonlinearity, here GELU, and a linear map that mixes the channels. The default map is
+# twice as wide as the layer, and its second half decides, through a sigmoid, how much of
+# the first half passes (a gated linear unit, GLU).
+#
+# $$
+# y = \mathrm{act}\big( W\, \mathrm{dropout}(\mathrm{gelu}(K * u + D u)) + b \big)
+# $$
+
+# %%
+FINAL_ACTS = {
+    "glu": jax.nn.glu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+    "id": lambda y: y,
+    None: None,  # no mixing map at all
+}
+
+
+class Mixer(nnx.Module):
+    """GELU, dropout, then a linear map across the channels and its activation."""
+
+    def __init__(self, d_model, final_act="glu", dropout=0.0, *, rngs):
+        require_choice("final_act", final_act, tuple(FINAL_ACTS))
+        require(0 <= dropout < 1, f"dropout is {dropout}", "0 <= dropout < 1")
+        self.dropout, self.act = nnx.Dropout(dropout, rngs=rngs), FINAL_ACTS[final_act]
+        if self.act:
+            width = d_model * (2 if final_act == "glu" else 1)
+            self.linear = nnx.Linear(d_model, width, param_dtype=float, rngs=rngs)
+
+    def __call__(self, y):
+        y = self.dropout(jax.nn.gelu(y, approximate=False))  # (..., H)
+        return self.act(self.linear(y)) if self.act else y
+
+
+# %% [markdown]
+# Sequences come from outside, so they are looked at before anything is computed.
+
+# %%
+def check_sequence(u, width, lengths=None, shortest=0):
+    """Refuse anything but u (batch, L >= 1, width); return lengths (batch,)."""
+    fits = u.ndim == 3 and u.shape[1] > 0 and u.shape[2] == width
+    require(fits, f"u has shape {u.shape}", f"(batch, L >= 1, {width})")
+    lengths = jnp.asarray(u.shape[1:2] * len(u) if lengths is None else lengths)
+    fits = lengths.shape == u.shape[:1] and lengths.dtype.kind == "i"
+    given = f"lengths is {lengths.dtype} of shape {lengths.shape}"
+    require(fits, given, f"one integer for each of {len(u)} rows")
+    if not isinstance(lengths, jax.core.Tracer):  # inside jit the values are not known
+        fits = ((shortest <= lengths) & (lengths <= u.shape[1])).all()
+        require(fits, f"lengths is {lengths}", f"{shortest} to {u.shape[1]}")
+    return lengths
+
+
+def check_state(x, u, H, half):
+    """Refuse a state or a sample that is not of this layer."""
+    fits = u.shape[1:] == (H,) and x.shape == (len(u), H, half)
+    given = f"x has shape {x.shape}, u {u.shape}"
+    require(fits, given, f"x (batch, {H}, {half}), u (batch, {H})")
+
+
+def masked(y, lengths):
+    """Set y (batch, L, H) to zero after the end of each row."""
+    return jnp.where(jnp.arange(y.shape[1])[:, None] < lengths[:, None, None], y, 0)
+
+
+# %% [markdown]
+# Now the layer. Calling it is Parts 4 and 6, stepping it is Part 3, and advancing it is
+# the pair of formulas above. Nothing is cached: each method reads the parameters, so that
+# an update can leave nothing stale behind, and gradients flow through all of them.
+
+# %%
+class S4D(DiagonalSSM):
+    """H diagonal SSMs and a mixing map. u and y (batch, L, H), x (batch, H, N/2).
+
+    Options: those of DiagonalSSM; dropout in [0, 1); final_act "glu", "gelu", "relu",
+    "id" (no activation) or None (no mixing map).
+    """
+
+    def __init__(self, d_model, d_state=64, *, dropout=0.0, final_act="glu", rngs,
+                 **options):
+        super().__init__(d_model, d_state, rngs=rngs, **options)
+        self.mixer = Mixer(d_model, final_act, dropout, rngs=rngs)
+
+    def kernel(self, L):
+        """Return the convolution kernels K (H, L)."""
+        return s4d_kernel(*self.system(), L, self.method)
+
+    def __call__(self, u, lengths=None):
+        """Run whole sequences from rest; y is zero after the end of a row."""
+        lengths = check_sequence(u, len(self.D), lengths)
+        y = causal_conv(u.swapaxes(1, 2), self.kernel(u.shape[1])).swapaxes(1, 2)
+        return masked(self.mixer(y + self.D[...] * u), lengths)
+
+    def init_state(self, batch):
+        """Return a state of rest, complex zeros (batch, H, N/2)."""
+        A, *_ = self.system()
+        return jnp.zeros((batch, *A.shape), A.dtype)
+
+    def step(self, x, u):
+        """Take one sample u (batch, H). Returns the new x, and y (batch, H)."""
+        check_state(x, u, *self.A_imag.shape)
+        x, y = s4d_step(*self.system(), x, u, self.method)
+        return x, self.mixer(y + self.D[...] * u)
+
+    def advance(self, x, u, lengths=None):
+        """Take a chunk. Returns x after each row's length, and y as a call does."""
+        lengths = check_sequence(u, len(self.D), lengths)
+        check_state(x, u[:, 0], *self.A_imag.shape)
+        x, y = s4d_advance(*self.system(), x, u.swapaxes(1, 2), lengths, self.method)
+        return x, masked(self.mixer(y.swapaxes(1, 2) + self.D[...] * u), lengths)
+
+
+# %% [markdown]
+# The contract, tested on a layer of random parameters: whole, step by step, in chunks,
+# and with rows of different lengths. Compiled, because operation by operation JAX would
+# spend most of its time on getting ready.
+
+# %%
+@nnx.jit
+def call(module, *args):
+    """Call a module, compiled: module(*args)."""
+    return module(*args)
+
+
+@nnx.jit
+def advance(module, x, *args):
+    """Advance a module from state x, compiled: module.advance(x, *args)."""
+    return module.advance(x, *args)
+
+
+@nnx.jit
+def run_steps(module, u):
+    """Feed u (batch, L, ...) step by step from rest. Returns the last state and y."""
+    x, y = jax.lax.scan(module.step, module.init_state(len(u)), u.swapaxes(0, 1))
+    return x, y.swapaxes(0, 1)
+
+
+# %%
+if RUN:
+    layer = S4D(4, 16, rngs=nnx.Rngs(0))
+    v = jax.random.normal(jax.random.key(1), (2, 100, 4))
+    x, y = run_steps(layer, v)
+    agree("layer, step by step", y, "called", call(layer, v))
+    x37, first = advance(layer, layer.init_state(2), v[:, :37])
+    x100, rest = advance(layer, x37, v[:, 37:])
+    agree("layer, in chunks", np.hstack([first, rest]), "step by step", y)
+    agree("state after the chunks", x100, "after the steps", x)
+    x_padded, _ = advance(layer, layer.init_state(2), v, jnp.array([37, 100]))
+    agree("state of a padded row of 37", x_padded[0], "after 37", x37[0])
+
+
+# %% [markdown]
+# And every parameter learns. A parameter that is declared but never read has a gradient
+# of exactly zero, an error that has happened to others.
+
+# %%
+if RUN:
+    grads = nnx.grad(lambda layer: (call(layer, v) ** 2).sum())(layer)
+    for path, grad in nnx.to_flat_state(grads):
+        size = jnp.abs(grad[...]).mean()
+        print(f"{'.'.join(path):20s} {str(grad.shape):12s} mean gradient {size:9.4f}")
+        require(0 < size < math.inf, f"gradient of {path} is {size}", "over 0, finite")
+
+
+# %% [markdown]
+# *What stands: a layer with three ways to run and one meaning. Exercise: a layer holds
+# $H(5 N/2 + \dots)$ numbers. Complete the count from the table of shapes that the cell
+# above prints.*
+
+# %% [markdown]
+# ## Part 9: The block
+#
+# A deep network stacks layers. Two habits from the Transformer keep the signal healthy on
+# its way. A *residual connection* adds a layer's output to its input, so that the layer
+# only has to learn a change. *Layer normalization* in front of it brings the channels of
+# each sample to mean 0 and variance 1. A feed-forward network (FFN) of two linear maps
+# follows, which works on each sample alone.
+#
+# $$
+# \begin{aligned}
+# h &= u + \mathrm{dropout}(\mathrm{S4D}(\mathrm{LayerNorm}(u))) , \\
+# y &= h + \mathrm{dropout}(\mathrm{FFN}(\mathrm{LayerNorm}(h))) .
+# \end{aligned}
+# $$
+#
+# All but S4D acts on single samples, so the block inherits its three ways to run, and its
+# causality: output $l$ depends on inputs $0 \dots l$ and nothing later.
+
+# %%
+class S4DBlock(nnx.Module):
+    """LayerNorm, S4D, residual; LayerNorm, FFN, residual. Methods and shapes as S4D.
+
+    The FFN is expand * d_model wide. Options are those of S4D.
+    """
+
+    def __init__(self, d_model, d_state=64, *, expand=2, dropout=0.0, rngs, **options):
+        require_count("expand", expand)
+        self.ssm = S4D(d_model, d_state, dropout=dropout, rngs=rngs, **options)
+        floats = dict(param_dtype=float, rngs=rngs)
+        self.norm_ssm, self.norm_ffn = (nnx.LayerNorm(d_model, **floats) for _ in "12")
+        self.up = nnx.Linear(d_model, expand * d_model, **floats)
+        self.down = nnx.Linear(expand * d_model, d_model, **floats)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+
+    def around(self, u, y):
+        """Add the layer's output y to its input u, then the FFN's. (..., H)"""
+        h = u + self.dropout(y)
+        inner = jax.nn.gelu(self.up(self.norm_ffn(h)), approximate=False)
+        return h + self.dropout(self.down(inner))
+
+    def __call__(self, u, lengths=None):
+        return self.around(u, self.ssm(self.norm_ssm(u), lengths))
+
+    def init_state(self, batch):
+        return self.ssm.init_state(batch)
+
+    def step(self, x, u):
+        x, y = self.ssm.step(x, self.norm_ssm(u))
+        return x, self.around(u, y)
+
+    def advance(self, x, u, lengths=None):
+        x, y = self.ssm.advance(x, self.norm_ssm(u), lengths)
+        return x, self.around(u, y)
+
+
+# %%
+if RUN:
+    block, v = S4DBlock(4, 16, rngs=nnx.Rngs(0)), v[:1]
+    change = call(block, v.at[:, 60, 0].add(1.0)) - call(block, v)
+    before, after = jnp.abs(change[:, :60]).max(), jnp.abs(change[:, 60:]).max()
+    print(f"sample 60 changed: before it {before:.0e}, from there {after:.1f}")
+    require(before < 1e-5 < after, f"change before is {before}", "rounding")
+
+
+# %% [markdown]
+# *What stands: a piece that can be stacked as often as one likes. Exercise: which of its
+# parameters would you change to make the block compute $y = u$ exactly?*
+
+# %% [markdown]
+# ## Part 10: The model
+#
+# A model is a stack of blocks with an entrance and an exit. After the last block comes one
+# more normalization, because the residual connections have only ever added.
+
+# %%
+class S4DStack(nnx.Module):
+    """n_layers blocks and a final LayerNorm. Methods and shapes as S4DBlock.
+
+    The state is a list with the state of each block.
+    """
+
+    def __init__(self, d_model, d_state=64, n_layers=4, *, rngs, **options):
+        require_count("n_layers", n_layers)
+        block = functools.partial(S4DBlock, d_model, d_state, rngs=rngs, **options)
+        self.blocks = nnx.List([block() for _ in range(n_layers)])
+        self.norm = nnx.LayerNorm(d_model, param_dtype=float, rngs=rngs)
+
+    def __call__(self, u, lengths=None):
+        for block in self.blocks:
+            u = block(u, lengths)
+        return self.norm(u)
+
+    def init_state(self, batch):
+        return [block.init_state(batch) for block in self.blocks]
+
+    def step(self, x, u):
+        x = list(x)
+        for i, block in enumerate(self.blocks):
+            x[i], u = block.step(x[i], u)
+        return x, self.norm(u)
+
+    def advance(self, x, u, lengths=None):
+        x = list(x)
+        for i, block in enumerate(self.blocks):
+            x[i], u = block.advance(x[i], u, lengths)
+        return x, self.norm(u)
+
+
+# %% [markdown]
+# The entrance is an *encoder*, a linear map from the input's channels to $H$. The exit is
+# *pooling* and a *decoder*. Pooling says what an answer for a whole sequence is made of:
+# the `mean` over its samples, the `last` one, or `none`, which answers for every sample.
+# A stream has no whole; there the model answers after each sample for the sequence so
+# far. For the mean its state also holds a running sum and a count.
+
+# %%
+class Pooling(nnx.Module):
+    """From samples h (batch, L, H) to answers, over each row's length or so far."""
+
+    def __init__(self, how, d_model):
+        require_choice("pooling", how, ("mean", "last", "none"))
+        self.how, self.d_model = how, d_model
+
+    def __call__(self, h, lengths):
+        if self.how == "mean":
+            return masked(h, lengths).sum(1) / lengths[:, None]  # (batch, H)
+        if self.how == "last":
+            return jnp.take_along_axis(h, lengths[:, None, None] - 1, 1)[:, 0]
+        return masked(h, lengths)  # (batch, L, H)
+
+    def init_state(self, batch):
+        """The sum (batch, H) and the count (batch,) of what has been, for the mean."""
+        mean = self.how == "mean"
+        return (jnp.zeros((batch, self.d_model)), jnp.zeros(batch, int)) if mean else ()
+
+    def advance(self, x, h, lengths):
+        if self.how != "mean":
+            return x, masked(h, lengths)
+        total, count = x
+        totals = total[:, None] + jnp.cumsum(masked(h, lengths), 1)  # (batch, L, H)
+        counts = count[:, None] + jnp.arange(h.shape[1]) + 1  # (batch, L)
+        means = masked(totals / counts[..., None], lengths)
+        return (totals[:, -1], count + lengths), means
+
+
+# %%
+class S4DModel(nnx.Module):
+    """Encoder, S4DStack, Pooling, decoder: u (batch, L, d_input) to (batch, d_output).
+
+    With pooling "none", and from advance, (batch, L, d_output). Options as S4DBlock.
+    """
+
+    def __init__(self, d_input, d_output, d_model=64, d_state=64, n_layers=4, *,
+                 pooling="mean", rngs, **options):
+        require_count("d_input", d_input)
+        require_count("d_output", d_output)
+        self.stack = S4DStack(d_model, d_state, n_layers, rngs=rngs, **options)
+        self.pooling = Pooling(pooling, d_model)
+        self.encoder = nnx.Linear(d_input, d_model, param_dtype=float, rngs=rngs)
+        self.decoder = nnx.Linear(d_model, d_output, param_dtype=float, rngs=rngs)
+
+    def __call__(self, u, lengths=None):
+        lengths = check_sequence(u, self.encoder.in_features, lengths, shortest=1)
+        return self.decoder(self.pooling(self.stack(self.encoder(u), lengths), lengths))
+
+    def init_state(self, batch):
+        states = self.stack.init_state(batch), self.pooling.init_state(batch)
+        return dict(zip(("stack", "pool"), states))
+
+    def step(self, x, u):
+        stack, h = self.stack.step(x["stack"], self.encoder(u))
+        ones = jnp.ones(len(u), int)
+        past, h = self.pooling.advance(x["pool"], h[:, None], ones)
+        return {"stack": stack, "pool": past}, self.decoder(h[:, 0])
+
+    def advance(self, x, u, lengths=None):
+        lengths = check_sequence(u, self.encoder.in_features, lengths)
+        stack, h = self.stack.advance(x["stack"], self.encoder(u), lengths)
+        past, h = self.pooling.advance(x["pool"], h, lengths)
+        return {"stack": stack, "pool": past}, masked(self.decoder(h), lengths)
+
+
+# %% [markdown]
+# The contract holds for the whole model: each answer in a stream is the one for the
+# prefix alone, and padding changes nothing.
+
+# %%
+if RUN:
+    v = jax.random.normal(jax.random.key(1), (2, 50, 3))
+    for how in ("mean", "last"):
+        model = S4DModel(3, 5, 8, 16, 2, pooling=how, rngs=nnx.Rngs(0))
+        _, answers = advance(model, model.init_state(2), v)
+        agree(f"{how}: last answer", answers[:, -1], "whole", call(model, v))
+        agree(f"{how}: stepped", run_steps(model, v)[1], "advanced", answers)
+        padded = call(model, v, jnp.array([20, 50]))
+        agree(f"{how}: answer at 20", answers[0, 19], "row of 20, padded", padded[0])
+
+
+# %% [markdown]
+# ### A backbone to pick up
+#
+# To use S4D inside something larger, one wants a single call: so many features in, a
+# vector out, exactly so many parameters. `build` is that call. It reads a window of
+# `window_size` samples with `embed_dim` features each, and returns what the last sample
+# has gathered. Its three companions take the same arguments and say, without computing
+# anything, how wide the output is, how many parameters there are, and what all options
+# amount to. The count is read off the shapes of the real model, so it cannot be wrong.
+
+# %%
+class S4DBackbone(nnx.Module):
+    """What `build` returns: (batch, window_size, embed_dim) to (batch, hidden_size)."""
+
+    def __init__(self, embed_dim, hidden_size, state_size, num_layers, window_size,
+                 *, rngs, **options):
+        require_count("embed_dim", embed_dim)
+        if window_size is not None:
+            require_count("window_size", window_size)
+        self.window_size = window_size
+        self.stack = S4DStack(hidden_size, state_size, num_layers, rngs=rngs, **options)
+        self.encoder = nnx.Linear(embed_dim, hidden_size, param_dtype=float, rngs=rngs)
+
+    def __call__(self, u):
+        lengths = check_sequence(u, self.encoder.in_features)
+        fits = self.window_size in (None, u.shape[1])
+        require(fits, f"u has {u.shape[1]} samples", f"window_size, {self.window_size}")
+        return self.stack(self.encoder(u), lengths)[:, -1]
+
+
+# %%
+def build(embed_dim, hidden_size=256, state_size=64, num_layers=4, dropout=0.1,
+          window_size=60, *, rngs, **options):
+    """Return a backbone: (batch, window_size, embed_dim) to (batch, hidden_size).
+
+    window_size None takes any length. Options are those of S4DBlock. Raises ValueError
+    for a value out of range, TypeError for an unknown option.
+    """
+    return S4DBackbone(embed_dim, hidden_size, state_size, num_layers, window_size,
+                       dropout=dropout, rngs=rngs, **options)
+
+
+# %%
+def output_size(*args, **options):
+    """Return the width of the output of `build` with these arguments."""
+    return recommended_defaults(*args, **options)["hidden_size"]
+
+
+def param_count(*args, **options):
+    """Return the exact number of parameters of `build` with these arguments."""
+    options = recommended_defaults(*args, **options)
+    model = nnx.eval_shape(lambda: build(**options, rngs=nnx.Rngs(0)))
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def recommended_defaults(*args, **options):
+    """Return all arguments of `build`, as a dict: the given ones and the defaults."""
+    call = inspect.signature(build).bind_partial(*args, **options)
+    call.apply_defaults()
+    options = call.arguments.pop("options", {})
+    call.arguments.pop("rngs", None)
+    return dict(call.arguments) | options
+
+
+# %%
+if RUN:
+    H, N = 32, 16
+    ssm = H + 2 * H * N // 2 + 2 * H * N + H  # dt; A; B and C; D
+    mixer, norms = (H + 1) * 2 * H, 2 * 2 * H
+    block = ssm + mixer + norms + (H + 1) * 2 * H + (2 * H + 1) * H  # FFN: up, down
+    by_hand = (8 + 1) * H + 2 * block + 2 * H  # encoder, blocks, last norm
+    print("parameters:", param_count(8, H, N, 2), "by hand:", by_hand)
+    require(param_count(8, H, N, 2) == by_hand, "the count is wrong", by_hand)
+    print("with all defaults, 8 features:", f"{param_count(8):,}")
+
+
+# %% [markdown]
+# *What stands: a model that can be called, stepped and advanced, and a backbone for other
+# models. Exercise: how many of the parameters that the last line prints belong to the
+# SSMs?*
+
+# %% [markdown]
+# ## Part 11: Training
+#
+# ### One step by hand
+#
+# Before an optimizer does it, let us move a parameter ourselves. A spring has the wrong
+# stiffness: its pole turns at 5 radians per second instead of 6.24. How well it imitates
+# the right one is the mean squared difference of the outputs. The gradient says in which
+# direction the pole should move, and a step against it makes the difference smaller.
+
+# %%
+def imitation(frequency, pole, B, C, u, y):
+    """Mean squared difference to y of the output with another frequency."""
+    K = s4d_kernel(pole.real + 1j * frequency, B, C, DT, len(u))
+    return jnp.mean((causal_conv(u, K) - y) ** 2)
+
+
+if RUN:
+    spring, u = half_oscillator(), jnp.asarray(force(np.arange(STEPS) * DT))
+    y = causal_conv(u, s4d_kernel(*spring, DT, STEPS))
+    frequency, slope = jnp.array([5.0]), jax.jit(jax.value_and_grad(imitation))
+    for _ in range(10):
+        loss, gradient = slope(frequency, *spring, u, y)
+        print(f"frequency {frequency[0]:.2f}  loss {loss:.1e}  slope {gradient[0]:+.1e}")
+        frequency = frequency - 8.0 * gradient
+
+
+# %% [markdown]
+# ### The data
+#
+# The task: read a handwritten digit one pixel at a time, and say which it is. The digits
+# are 1,797 images of 8 by 8 pixels that come inside scikit-learn, written by 43 people
+# (Alpaydin and Kaynak, 1998). Read line by line, each is a sequence of 64 numbers. The
+# model is not told that pixels 8 apart are neighbours; it has to remember.
+#
+# The images are shuffled once, with a fixed seed, and split: 1,257 to train, 180 to make
+# choices (validation), 360 to test. All settings below were chosen on the validation
+# images; the test images were looked at once, at the end.
+
+# %%
+def load_digits():
+    """Return train, validation and test: pairs of images (n, 64, 1) and labels (n,)."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    images = digits.images.reshape(-1, 64, 1)[order].astype(np.float32) / 8 - 1
+    labels = digits.target[order].astype(np.int32)
+    parts = slice(0, 1257), slice(1257, 1437), slice(1437, 1797)
+    return [(images[part], labels[part]) for part in parts]
+
+
+# %%
+@figure(index=(0, 7))
+def a_digit_as_a_sequence(index=0):
+    """Eight digits of the training images (top), and one of them as the model sees it,
+    64 numbers one after the other (bottom)."""
+    images, labels = load_digits()[0]
+    fig = Figure(figsize=(8, 3.2), layout="constrained")
+    top, bottom = fig.subfigures(2, 1, height_ratios=[1, 1.3])
+    for i, ax in enumerate(top.subplots(1, 8)):
+        ax.imshow(images[i].reshape(8, 8))
+        below = " (below)" if i == index else ""
+        ax.set(xticks=[], yticks=[], title=f"{labels[i]}{below}")
+    ax = bottom.subplots()
+    ax.step(np.arange(64), images[index, :, 0], where="mid")
+    ax.set(xlabel="pixel", ylabel="brightness", xticks=range(0, 65, 8))
+    return fig
+
+
+# %% [markdown]
+# ### Two kinds of parameters
+#
+# The parameters that shape the kernels, $A$, $B$ and $\Delta$, are delicate. A small change
+# of a pole, raised to the thousandth power, is a large change of the kernel. They get a
+# lower learning rate, and no weight decay: decay pulls towards zero, and zero in `log_dt`
+# means $\Delta = 1$. One function labels the parameters, and the optimizer looks up what
+# each label gets. The rate warms up over the first tenth of the steps and then falls
+# along a cosine.
+
+# %%
+SSM_PARAMETERS = ("log_dt", "log_A_real", "A_imag", "B")
+
+
+def parameter_labels(params):
+    """Label each parameter "ssm" or "rest", in the structure of params."""
+
+    def label(path, _):
+        names = {getattr(part, "key", None) for part in path}
+        return "rest" if names.isdisjoint(SSM_PARAMETERS) else "ssm"
+
+    return jax.tree.map_with_path(label, params)
+
+
+# %%
+def make_optimizer(model, steps, lr=4e-3, ssm_lr=1e-3, weight_decay=0.05):
+    """Return AdamW for all parameters, gentler for those of the SSMs."""
+
+    def schedule(peak):
+        return optax.warmup_cosine_decay_schedule(0.0, peak, max(1, steps // 10), steps)
+
+    rates = {
+        "ssm": optax.adam(schedule(ssm_lr)),
+        "rest": optax.adamw(schedule(lr), weight_decay=weight_decay),
+    }
+    adam = optax.multi_transform(rates, parameter_labels)
+    return nnx.Optimizer(model, adam, wrt=nnx.Param)
+
+
+# %% [markdown]
+# ### The loop
+#
+# One training step: logits, cross-entropy, gradient, update. `nnx.jit` compiles it once.
+# The dropout layers draw a fresh mask at every step, since their random stream is part of
+# the model and moves on with each use. There are few digits, so each one is shown moved
+# by up to one pixel in each direction, anew every time.
+
+# %%
+@nnx.jit
+def train_step(model, optimizer, u, labels):
+    """Take one step. Returns the loss; model and optimizer are updated in place."""
+
+    def loss_fn(model):
+        losses = optax.softmax_cross_entropy_with_integer_labels(model(u), labels)
+        return losses.mean()
+
+    loss, grads = nnx.value_and_grad(loss_fn)(model)
+    optimizer.update(model, grads)
+    return loss
+
+
+# %%
+def evaluate(model, data):
+    """Return the mean loss and the accuracy on (inputs, labels), without dropout."""
+    u, labels = data
+    model.eval()
+    scores = call(model, u)
+    losses = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
+    return float(losses.mean()), float((scores.argmax(-1) == labels).mean())
+
+
+# %%
+def shifted(images, rng):
+    """Move each 8 x 8 image by up to one pixel; what comes in is black."""
+    border = ((0, 0), (1, 1), (1, 1))
+    padded = np.pad(images.reshape(-1, 8, 8), border, constant_values=-1)
+    down, right = rng.integers(0, 3, (2, len(images), 1, 1))
+    rows, columns = np.arange(8)[:, None] + down, np.arange(8) + right
+    n = np.arange(len(images))[:, None, None]
+    return padded[n, rows, columns].reshape(images.shape)
+
+
+# %% [markdown]
+# Batches come in a new order every epoch, and nothing is left out: what remains of one
+# epoch begins the next batch.
+
+# %%
+def batches(data, epochs, batch_size, seed, augment=None):
+    """Yield batches of (inputs, labels) for so many epochs, reshuffled each time."""
+    rng, (u, labels) = np.random.default_rng(seed), data
+    order = np.concatenate([rng.permutation(len(u)) for _ in range(epochs)])
+    for i in range(0, len(order) - batch_size + 1, batch_size):
+        rows = order[i : i + batch_size]
+        yield augment(u[rows], rng) if augment else u[rows], labels[rows]
+
+
+# %% [markdown]
+# Around the step: a progress bar where there is a terminal, a line now and then where
+# there is none, and a stop if the loss is not a number.
+
+# %%
+def train(model, data, validation, *, epochs=25, batch_size=32, seed=0, augment=None,
+          **rates):
+    """Train a classifier on (inputs, labels); rates are those of make_optimizer.
+
+    Returns a history of ten rows: step, training loss, validation loss and accuracy.
+    Raises ValueError for data that is not finite, FloatingPointError for such a loss.
+    """
+    require(np.isfinite(data[0]).all(), "inputs hold NaN or infinity", "finite numbers")
+    for name, n in dict(epochs=epochs, batch_size=batch_size).items():
+        require_count(name, n)
+    steps = epochs * len(data[0]) // batch_size
+    require(steps >= 10, f"{steps} steps", "10 or more: add epochs, or cut the batches")
+    optimizer, history, losses = make_optimizer(model, steps, **rates), [], []
+    feed = batches(data, epochs, batch_size, seed, augment)
+    for step, batch in enumerate(progress(feed, steps), 1):
+        model.train()
+        losses.append(float(train_step(model, optimizer, *batch)))
+        if not math.isfinite(losses[-1]):
+            good = losses[-2] if step > 1 else "none"
+            raise FloatingPointError(f"loss {losses[-1]} at step {step}; before {good}")
+        if step * 10 // steps > len(history):
+            recent = np.mean(losses[-steps // 10 :])
+            history.append((step, recent, *evaluate(model, validation)))
+            line = "step {:5d}   loss {:.3f}   validation {:.3f}, {:.1%}"
+            print(line.format(*history[-1]))
+    return history
+
+
+def progress(feed, steps):
+    """Pass on each batch, with a bar on a terminal."""
+    terminal = rich.console.Console(stderr=True)
+    return rich.progress.track(
+        feed, "training", steps, console=terminal, transient=True,
+        disable=not terminal.is_terminal)
+
+
+# %% [markdown]
+# Four blocks with 64 channels, a state of 64 each. The dropout masks come from a random
+# generator of their own, a faster one.
+
+# %%
+@functools.cache
+def trained(seed=0):
+    """Train the model of this page, once. Returns model, history and the test data."""
+    data, validation, test = load_digits()
+    rngs = nnx.Rngs(seed, dropout=jax.random.key(seed, impl="rbg"))
+    model = S4DModel(1, 10, d_model=64, d_state=64, n_layers=4, dropout=0.1, rngs=rngs)
+    return model, train(model, data, validation, seed=seed, augment=shifted), test
+
+
+if RUN:
+    start = time.perf_counter()
+    model, _, test = trained()
+    seconds, (loss, accuracy) = time.perf_counter() - start, evaluate(model, test)
+    size = sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    print(f"{size:,} parameters, {seconds:.0f} seconds, test accuracy {accuracy:.2%}")
+
+
+# %%
+@figure()
+def learning_curve():
+    """Loss on training and validation images while the model of this page trained."""
+    _, history, _ = trained()
+    step, loss, validation, _ = zip(*history)
+    fig, ax = canvas(height=2.6)
+    ax.semilogy(step, loss, "o-", ms=4, label="training, with dropout and shifts")
+    ax.semilogy(step, validation, "o-", ms=4, label="validation")
+    ax.set(xlabel="step", ylabel="cross-entropy")
+    ax.legend()
+    return fig
+
+
+# %%
+@figure()
+def predictions():
+    """Twenty test digits with the model's answers; every error that it makes comes
+    first, marked with the right label."""
+    model, _, (images, labels) = trained()
+    answers = call(model, images).argmax(-1)
+    order = np.argsort(answers == labels, stable=True)[:20]
+    fig, axes = canvas(2, 10, 2.2)
+    for ax, i in zip(axes.flat, order):
+        right = answers[i] == labels[i]
+        ax.imshow(images[i].reshape(8, 8))
+        ax.set(xticks=[], yticks=[])
+        title = f"{answers[i]}" if right else f"{answers[i]}, not {labels[i]}"
+        ax.set_title(title, color=INK if right else ORANGE, fontsize=10)
+    return fig
+
+
+if RUN:
+    show(hero)  # the promise of Part 0
+
+# %% [markdown]
+# ## Closing: all views agree
+#
+# One system, many ways to compute it. Here they all are, on four random systems with a
+# state of 16 and an input of 300 samples. The witness from outside is SciPy, which
+# filters each mode in double precision and knows nothing of this page. Each number is
+# the largest difference of two views, as a share of the largest output.
+
+# %%
+def scipy_views(A, B, C, dt, u):
+    """The output (H, L) by SciPy in double precision, from float32 parameters."""
+    A, B, C, dt, u = (np.asarray(v).astype(complex) for v in (A, B, C, dt[:, None], u))
+    A_bar, gain = np.exp(dt * A), C * np.expm1(dt * A) / A * B
+    modes = [
+        [scipy.signal.lfilter([g], [1, -a], row) for a, g in zip(poles, gains)]
+        for poles, gains, row in zip(A_bar, gain, u)
+    ]
+    return 2 * np.sum(modes, 1).real
+
+
+# %%
+def all_views(layer, u):
+    """The output (H, L) of a layer's systems for u (H, L), in every way we have."""
+    A, B, C, dt = layer.system()
+    A_bar, B_bar = s4d_discretize(A, B, dt)
+    rest, K, L = pole_rest(A, dt, A_bar), layer.kernel(u.shape[-1]), u.shape[-1]
+    x, chunks = layer.init_state(1), []
+    for part in (u[:, :77], u[:, 77:78], u[:, 78:]):
+        x, y = s4d_advance(A, B, C, dt, x, part[None], jnp.array([part.shape[-1]]))
+        chunks.append(y[0])
+    return {
+        "SciPy": scipy_views(A, B, C, dt, u),
+        "recurrence": s4d_recurrence(A_bar, B_bar, C, u, A_rest=rest)[0],
+        "parallel scan": s4d_scan(A_bar, B_bar, C, u, A_rest=rest)[0],
+        "definition": np.array([direct_conv(v, k) for v, k in zip(u, K)]),
+        "Vandermonde": padded_conv(u, vandermonde_kernel(A, B, C, dt, L)),
+        "padded FFT": padded_conv(u, K),
+        "twisted FFT": causal_conv(u, K),
+        "chunks": np.concatenate(chunks, -1),
+    }
+
+
+# %%
+if RUN:
+    noise = jax.random.normal(jax.random.key(2), (4, 300))
+    views = all_views(S4D(4, 16, rngs=nnx.Rngs(3)), noise)
+    names, y = list(views), np.array([np.asarray(v, float) for v in views.values()])
+    errors = np.abs(y[:, None] - y).max((2, 3)) / np.abs(y).max()  # (views, views)
+    print(" " * 14 + "".join(f"{name[:9]:>10s}" for name in names[:-1]))
+    for name, row in zip(names[1:], errors[1:]):
+        print(f"{name:14s}" + "".join(f"{e:10.0e}" for e in row[: names.index(name)]))
+    require(errors.max() < 1e-5, f"the largest error is {errors.max()}", "below 1e-5")
+
+
+# %% [markdown]
+# ### Where this page deviates from the papers
+#
+# | where | papers and their code | here | why |
+# |:------|:----------------------|:-----|:----|
+# | $\bar B$ | $(e^{\Delta A} - 1)/A$ | $\Delta\,\varphi(\Delta A)$ by `expm1` and a series | exact for slow modes, right at $A = 0$ |
+# | kernel | sum over a Vandermonde matrix | two tables and a matrix product | time and memory |
+# | angles | $\Im(A)\,\Delta\,l$ in float32 | integer ticks of a turn | exact at any length |
+# | convolution | FFT padded to $2L$ | twisted FFT of length $L$ | no padding |
+# | recurrence | rounded $\bar A$ | $\bar A$ and what rounding cut off | agrees with the convolution |
+# | $B$ | fixed to 1 in the minimal code | learned, starts at 1 | one option fewer |
+# | LegS | $B/2$ of HiPPO in the eigenbasis | $B = 1$ for every start, as in the authors' code | $C$ is random anyway |
+# | block | S4D, GLU, residual | the same and an FFN | as in a Transformer |
+#
+# ### More to try
+#
+# 1. Train with `init="real"` and with `init="rand"`. How much of Part 7's picture do you
+#    find in the accuracy?
+# 2. Read the pixels in a fixed random order. Which models would suffer from that, and
+#    which does not care?
+# 3. Take a trained layer, double every $\Delta$, and feed every second sample. What is
+#    lost, and why?
+# 4. Write `ssm_recurrence` with an associative scan of dense matrices. What does one
+#    combination cost, and what does that say about diagonal systems?
+#
+# ### References
+#
+# - A. Gu, A. Gupta, K. Goel, C. Ré. [On the Parameterization and Initialization of
+#   Diagonal State Space Models](https://arxiv.org/abs/2206.11893). 2022. (S4D)
+# - A. Gupta, A. Gu, J. Berant. [Diagonal State Spaces are as Effective as Structured
+#   State Spaces](https://arxiv.org/abs/2203.14343). 2022. (DSS)
+# - A. Gu, K. Goel, C. Ré. [Efficiently Modeling Long Sequences with Structured State
+#   Spaces](https://arxiv.org/abs/2111.00396). 2021. (S4)
+# - A. Gu, T. Dao, S. Ermon, A. Rudra, C. Ré. [HiPPO: Recurrent Memory with Optimal
+#   Polynomial Projections](https://arxiv.org/abs/2008.07669). 2020.
+# - J. T. H. Smith, A. Warrington, S. W. Linderman. [Simplified State Space Layers for
+#   Sequence Modeling](https://arxiv.org/abs/2208.04933). 2022. (S5, the parallel scan)
+# - S. Rush, S. Karamcheti. [The Annotated S4](https://srush.github.io/annotated-s4/).
+#   2022.
+# - E. Alpaydin, C. Kaynak. [Optical Recognition of Handwritten
+#   Digits](https://doi.org/10.24432/C50P49). 1998.
+
+# %% [markdown]
+# ## Appendix C: How this file shows itself
+#
+# This article is a Python file in which comments that begin with `# %%` divide prose from
+# code, the *percent* format of [Jupytext](https://jupytext.readthedocs.io). The notebook
+# is generated from it. Three small rules let one file serve all its readers.
+#
+# **Definitions run anywhere; work runs where it is asked for.** Cells that compute begin
+# with `if RUN:`, and `@figure` draws only if `RUN` is true. It is false on import. So
+# `import annotated_s4d` defines the library and computes nothing.
+#
+# **A figure is a function, its arguments are its knobs.** Try one in a notebook:
+# `one_mode(decay=0.3, frequency=12.0)`. Matplotlib's `Figure` is used without `pyplot`,
+# which would keep every figure alive. Ink and background are chosen so that a picture
+# reads well on white and on black.
+#
+# **A picture knows its code.** Each PNG in `assets` carries `edition()`, a hash of all
+# code lines of the edition that drew it. When code changes and pictures do not, a test
+# says so.
