@@ -1,0 +1,253 @@
+"""The file and its readers: script, notebook, import, figures, README."""
+
+import ast
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jupytext
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image
+
+import annotated_s4d as s4d
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "annotated_s4d.py").read_text(encoding="utf-8")
+ARTICLE = jupytext.reads(TEXT, "py:percent")
+CODE = [cell.source for cell in ARTICLE.cells if cell.cell_type == "code"]
+PROSE = [cell.source for cell in ARTICLE.cells if cell.cell_type == "markdown"]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TRAINED = {"hero", "learning_curve", "predictions"}  # draw what the training left
+
+
+@pytest.fixture(scope="module")
+def rehearsal():
+    """Every code cell, run as a script runs it, with a training of one epoch."""
+    namespace = {"__name__": "__main__", "__file__": str(ROOT / "annotated_s4d.py")}
+    drawn = {}
+    for number, source in enumerate(CODE):
+        exec(compile(source, f"<code cell {number}>", "exec"), namespace)
+        if "def show(" in source:
+            picture = namespace["picture"]
+
+            def show(draw, promise=False, picture=picture):
+                if not promise:
+                    drawn[draw.__name__] = picture(draw)
+
+            namespace["show"] = show
+        if "def train(" in source:
+            train = namespace["train"]
+            namespace["train"] = lambda *a, train=train, **k: train(
+                *a, **k | {"epochs": 1}
+            )
+    return namespace, drawn
+
+
+def test_every_cell_runs_and_draws(rehearsal):
+    """Each check in the cells raises if two views disagree; each figure is drawn."""
+    _, drawn = rehearsal
+    assert set(drawn) == set(s4d.FIGURES)
+    assert all(png.startswith(b"\x89PNG") and len(png) > 5000 for png in drawn.values())
+
+
+def extremes(draw):
+    """Each knob in turn at the ends of its range, the others at their defaults."""
+    for name, span in draw.knobs.items():
+        for value in (span[0], span[-1]):
+            yield {name: value}
+
+
+@pytest.mark.parametrize("name", sorted(set(s4d.FIGURES) - TRAINED))
+def test_every_knob_changes_its_figure(name):
+    draw = s4d.FIGURES[name]
+    assert set(draw.knobs) == set(inspect.signature(draw).parameters)
+    if not draw.knobs:
+        return
+    default = s4d.picture(draw)
+    assert s4d.picture(draw) == default  # the same picture twice, byte for byte
+    for knobs in extremes(draw):
+        knob, value = next(iter(knobs.items()))
+        if inspect.signature(draw).parameters[knob].default != value:
+            assert s4d.picture(draw, **knobs) != default, knobs
+
+
+def test_captions_say_something():
+    for name, draw in s4d.FIGURES.items():
+        assert len(inspect.getdoc(draw).split()) > 10, name
+
+
+def test_a_knob_without_argument_is_refused():
+    with pytest.raises(TypeError, match="must be both knobs and arguments"):
+        s4d.figure(size=(1, 2))(lambda width=1: None)
+
+
+# -- generated files ------------------------------------------------------------------
+
+
+def test_notebook_is_current():
+    """The same cells as the article, executed in order, without an error."""
+    notebook = nbformat.read(ROOT / "notebooks" / "annotated_s4d.ipynb", 4)
+    ours = [(cell.cell_type, cell.source) for cell in ARTICLE.cells]
+    theirs = [(cell.cell_type, cell.source) for cell in notebook.cells]
+    assert theirs == ours, "run: python notebooks/build.py"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    for cell in code:
+        outputs = cell.outputs
+        assert all(output.output_type != "error" for output in outputs)
+        assert all(output.get("name") != "stderr" for output in outputs), cell.source
+        if re.search("^@figure", cell.source, re.M):
+            pictures = [o for o in outputs if "image/png" in o.get("data", {})]
+            assert len(pictures) == 1
+            assert pictures[0].metadata["image/png"]["alt"]
+
+
+def test_pictures_are_current():
+    """Each picture in assets was drawn by this edition of the code."""
+    pictures = {path.stem: path for path in (ROOT / "assets").glob("*.png")}
+    assert set(pictures) == set(s4d.FIGURES)
+    for name, path in pictures.items():
+        assert Image.open(path).text["Source"] == s4d.edition(), f"{name} is stale"
+
+
+def test_the_table_of_accuracies_is_the_recorded_one():
+    """Numbers in the prose and the README against assets/digits.json."""
+    recorded = json.loads((ROOT / "assets" / "digits.json").read_text())
+    for text in (TEXT, README):
+        for name in ("s4d", "gru"):
+            r = recorded[name]
+            test = [run["test"] for run in r["runs"]]
+            assert len(test) == 3 and np.mean(test) == pytest.approx(r["mean"])
+            row = f"{r['mean']:.1%} ± {r['spread']:.1%}"
+            assert row in text, f"{name}: {row}"
+            assert f"{r['parameters']:,}" in text
+    assert recorded["s4d"]["mean"] >= 0.985
+    assert recorded["s4d"]["seconds"] <= 90
+
+
+# -- import ---------------------------------------------------------------------------
+
+
+def test_import_has_no_side_effects(tmp_path):
+    """Copied to an empty folder: no output, no file, no computation, no settings."""
+    (tmp_path / "annotated_s4d.py").write_text(TEXT, encoding="utf-8")
+    program = (
+        "import matplotlib, jax, os\n"
+        "all = lambda: (dict(matplotlib.rcParams), dict(os.environ))\n"
+        "before = all()\n"
+        "import annotated_s4d\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge.backends_are_initialized()\n"
+        "after = all()\n"
+        "assert before == after\n"
+        "assert 'streamlit' not in __import__('sys').modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", program],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert [p.name for p in tmp_path.iterdir()] == ["annotated_s4d.py"]
+
+
+def test_public_names():
+    for name in """oscillator ssm_discretize ssm_recurrence ssm_kernel causal_conv
+            hippo_legs s4d_init s4d_discretize s4d_kernel s4d_recurrence s4d_scan S4D
+            S4DBlock S4DModel build output_size param_count recommended_defaults train
+            evaluate""".split():
+        assert inspect.getdoc(getattr(s4d, name)), name
+
+
+# -- style ----------------------------------------------------------------------------
+
+
+def test_cells_are_short():
+    """One idea a cell; the measures of a page that is read."""
+    lines = sorted(
+        len([x for x in source.splitlines() if x.strip()]) for source in CODE
+    )
+    assert lines[len(lines) // 2] <= 14
+    assert lines[int(0.9 * len(lines))] <= 25
+    assert lines[-1] <= 34
+
+
+def test_code_fits_the_page():
+    long = [line for source in CODE for line in source.splitlines() if len(line) > 88]
+    assert long == []
+
+
+def test_every_function_says_what_it_does():
+    for node in ast.parse(TEXT).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name != "_":
+            assert ast.get_docstring(node), node.name
+
+
+def test_mathematics_is_of_the_kind_that_renders_everywhere():
+    """What KaTeX or Jupyter would show in red, or as raw text."""
+    for source in PROSE:
+        display = re.findall(r"^\$\$$(.*?)^\$\$$", source, re.M | re.S)
+        assert source.count("$$") == 2 * len(display), source[:80]
+        rest = re.sub(r"^\$\$$.*?^\$\$$", "", source, flags=re.M | re.S)
+        assert rest.count("$") % 2 == 0, source[:80]
+        for bad in (
+            r"\label",
+            r"\eqref",
+            r"\href",
+            r"\mbox",
+            r"\norm",
+            r"\begin{align}",
+            r"\begin{eqnarray}",
+            r"\newcommand",
+            r"\(",
+            r"\[",
+        ):
+            assert bad not in source, (bad, source[:80])
+        for inline in re.findall(r"\$([^$]+)\$", rest):
+            assert inline == inline.strip(), inline
+
+
+def test_headings_are_unique():
+    headings = [h for source in PROSE for h in re.findall(r"^#+ (.*)", source, re.M)]
+    assert len(headings) == len(set(headings))
+    assert not any("$" in h for h in headings)
+
+
+# -- README ---------------------------------------------------------------------------
+
+
+def test_readme_example_runs():
+    """The lines that show how to use the layer, as they stand."""
+    example = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    exec(compile(example, "README", "exec"), {})
+
+
+def test_readme_names_what_exists():
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"python ((?:tests|notebooks)/\S+\.py)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_top_level():
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
+    )
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    names = {line.split("/")[0] for line in tracked.stdout.splitlines()}
+    allowed = {
+        "README.md",
+        "annotated_s4d.py",
+        "notebooks",
+        "tests",
+        "assets",
+        "requirements.txt",
+    }
+    assert {name for name in names if not name.startswith(".")} <= allowed
