@@ -63,6 +63,7 @@
 # opinion.
 
 # %%
+import ctypes
 import functools
 import hashlib
 import inspect
@@ -111,11 +112,11 @@ def agree(left, a, right, b, tolerance=1e-5):
 
 
 # %% [markdown]
-# Pictures are functions. `@figure` marks a function that returns a figure: its docstring
-# is the caption, its arguments are knobs that a reader may turn, and the decorator says
-# how far. A notebook shows the picture under its cell, a script saves it in the folder
-# `assets`. To turn a knob, call the function again with another argument. The three cells
-# that do this are folded away; Appendix C explains their rules.
+# Pictures are functions. `@figure` marks a function that returns a figure: its
+# docstring is the caption, its arguments are knobs that a reader may turn, and the
+# decorator says how far. A notebook shows the picture under its cell, a script saves it
+# in the folder `assets`. To turn a knob, call the function again with another argument.
+# The three cells that do this are folded away; Appendix C explains their rules.
 
 # %% tags=["hide"] jupyter={"source_hidden": true}
 FIGURES = {}
@@ -277,8 +278,9 @@ def hero():
 #
 # A mass hangs on a spring, with a little friction. Push it, and it swings for a while
 # after the push has ended. Where does it keep the memory of the push? In two numbers:
-# its position $p$ and its velocity $v$. If you know both at one moment, you need nothing
-# else from the past to predict the future. Such numbers are the **state** $x = (p, v)$.
+# its position $p$ and its velocity $v$. If you know both at one moment, you need
+# nothing else from the past to predict the future. Such numbers are the **state**
+# $x = (p, v)$.
 #
 # Newton's law gives the velocity's rate of change. A force $u$ pushes, the spring pulls
 # back with $k\,p$, friction brakes with $c\,v$, and the mass $m$ resists them all:
@@ -402,13 +404,14 @@ if RUN:
 # A computer never sees $u(t)$, only samples $u_0, u_1, \dots$ a time $\Delta$ apart. To
 # move the state from one sample to the next we must say what the input does in between.
 # The simplest answer is: nothing. Sample $u_k$ is **held** until the next one arrives.
-# Engineers call this a zero-order hold (ZOH). It is what a loudspeaker's converter does.
+# Engineers call this a zero-order hold (ZOH). It is what a loudspeaker's converter
+# does.
 #
-# With $u$ constant the equation can be solved exactly. Look at one interval. By itself the
-# state at its start would become $e^{\Delta A}x$. To that the input adds, as in Part 1, the
-# responses to its small blows, a blow of age $s$ having become $e^{sA}B\,u_k\,ds$. Since
-# $u_k$ is constant it moves out of the integral. Call $x_k$ the state at the end of the
-# interval in which $u_k$ is held:
+# With $u$ constant the equation can be solved exactly. Look at one interval. By itself
+# the state at its start would become $e^{\Delta A}x$. To that the input adds, as in
+# Part 1, the responses to its small blows, a blow of age $s$ having become
+# $e^{sA}B\,u_k\,ds$. Since $u_k$ is constant it moves out of the integral. Call $x_k$
+# the state at the end of the interval in which $u_k$ is held:
 #
 # $$
 # x_k = \underbrace{e^{\Delta A}}_{\bar A} x_{k-1}
@@ -430,8 +433,8 @@ if RUN:
 #
 # Beside it we put the **bilinear** rule, which the first S4 paper used. It never
 # exponentiates. It lets the slope over an interval be the mean of the slopes at its two
-# ends, $x_{k} - x_{k-1} = \tfrac{\Delta}{2} A (x_{k} + x_{k-1}) + \Delta B u_k$, and solves
-# for $x_{k}$:
+# ends, $x_{k} - x_{k-1} = \tfrac{\Delta}{2} A (x_{k} + x_{k-1}) + \Delta B u_k$, and
+# solves for $x_{k}$:
 #
 # $$
 # \bar A = \big(I - \tfrac{\Delta}{2} A\big)^{-1} \big(I + \tfrac{\Delta}{2} A\big), \qquad
@@ -462,11 +465,11 @@ def ssm_discretize(A, B, dt, method="zoh"):
 
 
 # %% [markdown]
-# To use the discrete system, repeat its step: $x_k = \bar A x_{k-1} + \bar B u_k$, from a
-# state of zero. Sample $u_k$ is held from time $k\Delta$ to $(k+1)\Delta$, and $x_k$ is the
-# state at the end, so output $y_k = Cx_k$ already knows input $u_k$. (SciPy and some
-# textbooks count the state at the start of the interval; their outputs come one sample
-# later.)
+# To use the discrete system, repeat its step: $x_k = \bar A x_{k-1} + \bar B u_k$, from
+# a state of zero. Sample $u_k$ is held from time $k\Delta$ to $(k+1)\Delta$, and $x_k$
+# is the state at the end, so output $y_k = Cx_k$ already knows input $u_k$. (SciPy and
+# some textbooks count the state at the start of the interval; their outputs come one
+# sample later.)
 
 # %%
 def loop(A_bar, B_bar, C, u):
@@ -503,8 +506,8 @@ if RUN:
 # %% [markdown]
 # That is a delay of half an interval, more than anything else, and it shrinks with
 # $\Delta$. Now hold the force for a whole fifth of a second, so that the stairs are
-# visible. The ZOH dots sit on the curve that the ODE solver finds for the held force. The
-# bilinear dots do not.
+# visible. The ZOH dots sit on the curve that the ODE solver finds for the held force.
+# The bilinear dots do not.
 
 # %%
 @figure(dt=(0.04, 0.4))
@@ -527,8 +530,9 @@ def held_input(dt=0.2):
 
 
 # %% [markdown]
-# *What stands: one exact step from sample to sample. Exercise: draw `held_input(dt=0.4)`.
-# The dots are still exact for the held force. Why is that no longer of much use?*
+# *What stands: one exact step from sample to sample. Exercise: draw
+# `held_input(dt=0.4)`. The dots are still exact for the held force. Why is that no
+# longer of much use?*
 
 # %% [markdown]
 # ## Part 3: The recurrence
@@ -556,6 +560,10 @@ def ssm_recurrence(A_bar, B_bar, C, u, x0=None):
     return y, x
 
 
+# %% [markdown]
+# Two questions to it: does it equal the loop, and does a run that stops after 77
+# samples and goes on from its state equal one that does not stop?
+
 # %%
 if RUN:
     agree("scan", ssm_recurrence(A_bar, B_bar, C, u)[0], "loop", y)
@@ -567,8 +575,8 @@ if RUN:
 # %% [markdown]
 # Each step costs the same, whatever came before: the state is all there is. Two things
 # are wrong with it as the heart of a neural network. A state of $N$ numbers costs $N^2$
-# multiplications a step, because the matrix $\bar A$ is full. And step $k$ must wait for
-# step $k - 1$, so a thousand samples are a thousand steps in a row, while a modern
+# multiplications a step, because the matrix $\bar A$ is full. And step $k$ must wait
+# for step $k - 1$, so a thousand samples are a thousand steps in a row, while a modern
 # processor wants to do them all at once. Part 4 removes the waiting, Part 5 the matrix.
 
 # %% [markdown]
@@ -591,9 +599,9 @@ if RUN:
 # y_k = \sum_{l=0}^{k} K_l\, u_{k-l}, \qquad K_l = C \bar A^l \bar B .
 # $$
 #
-# It is the integral of Part 1 for a held input: $K_l$ is the impulse response summed over
-# one hold, $\int_0^\Delta h(l\Delta + s)\,ds$. Each $y_k$ can be computed without waiting for
-# the others. The kernel needs no new code: it is the recurrence's answer to
+# It is the integral of Part 1 for a held input: $K_l$ is the impulse response summed
+# over one hold, $\int_0^\Delta h(l\Delta + s)\,ds$. Each $y_k$ can be computed without
+# waiting for the others. The kernel needs no new code: it is the recurrence's answer to
 # a single blow, the input $1, 0, 0, \dots$
 
 # %%
@@ -608,11 +616,20 @@ def direct_conv(u, K):
     return np.convolve(u, K)[: len(u)]
 
 
+# %% [markdown]
+# The kernel of the oscillator, convolved with the force, must give the motion that the
+# loop gave.
+
 # %%
 if RUN:
     K = ssm_kernel(A_bar, B_bar, C, STEPS)
     agree("convolution", direct_conv(u, K), "loop", y)
 
+
+# %% [markdown]
+# Look at the kernel of the spring. It says how the mass swings after one held blow.
+# Every sample of the force sets off a copy of it, and the motion is the sum of the
+# copies.
 
 # %%
 @figure(damping=(0.0, 8.0), spring=(5.0, 80.0))
@@ -635,9 +652,9 @@ def oscillator_kernel(damping=2.0, spring=40.0):
 
 # %% [markdown]
 # *What stands: one system, run in two ways. Training will use the convolution, because
-# it is parallel. A stream will use the recurrence, because a step is cheap. But the kernel
-# still comes from the slow recurrence: $L$ products with a matrix. Exercise: what is
-# $\sum_l K_l$, and what does it say about the mass under a constant force?*
+# it is parallel. A stream will use the recurrence, because a step is cheap. But the
+# kernel still comes from the slow recurrence: $L$ products with a matrix. Exercise:
+# what is $\sum_l K_l$, and what does it say about the mass under a constant force?*
 
 # %% [markdown]
 # ## Part 5: Diagonalize
@@ -650,25 +667,26 @@ def oscillator_kernel(damping=2.0, spring=40.0):
 # \qquad y = \underbrace{C V}_{\tilde C}\,\tilde x .
 # $$
 #
-# Choose the eigenvectors of $A$ as the columns of $V$ (our $A$ has enough of them). Then $\Lambda$ is diagonal, and
-# the system falls apart into $N$ systems of one number each, which do not talk to each
-# other: $\tilde x_n' = \lambda_n \tilde x_n + \tilde B_n u$. A step costs $N$
-# multiplications instead of $N^2$.
+# Choose the eigenvectors of $A$ as the columns of $V$ (our $A$ has enough of them).
+# Then $\Lambda$ is diagonal, and the system falls apart into $N$ systems of one number
+# each, which do not talk to each other:
+# $\tilde x_n' = \lambda_n \tilde x_n + \tilde B_n u$. A step costs $N$ multiplications
+# instead of $N^2$.
 #
 # ### Why complex numbers
 #
-# The eigenvalues of our spring are $-1 \pm 6.24\,i$, as the next cell prints. They
-# cannot be real. A real $\lambda$ gives a mode $e^{\lambda t}$, which decays or grows
-# and can never swing. A complex one gives
+# The eigenvalues of our spring are $-1 \pm 6.24\,i$, as the next cell prints. A spring
+# that swings cannot have real ones. A real $\lambda$ gives a mode $e^{\lambda t}$,
+# which decays or grows and can never swing. A complex one gives
 #
 # $$
 # e^{\lambda t} = e^{\Re(\lambda)\, t} \big( \cos(\Im(\lambda)\, t) + i \sin(\Im(\lambda)\, t) \big):
 # $$
 #
-# $-\Re(\lambda)$ is how fast it fades, and must not be negative if the memory is to stay
-# bounded; $\Im(\lambda)$ is how fast it turns, in radians per second. Engineers call the
-# eigenvalues *poles*, because the system's frequency response has its poles there, and
-# so will we.
+# $-\Re(\lambda)$ is how fast it fades, and must not be negative if the memory is to
+# stay bounded; $\Im(\lambda)$ is how fast it turns, in radians per second. Engineers
+# call the eigenvalues *poles*, because the system's frequency response has its poles
+# there, and so will we.
 
 # %%
 if RUN:
@@ -689,25 +707,26 @@ if RUN:
 # ### Why half of them are enough
 #
 # The imaginary part of $y$ is zero, up to rounding, although everything in between is
-# complex. The matrix $A$ is real, so its complex poles come in conjugate pairs, and with
-# them the entries of $\tilde B$, $\tilde C$ and $\tilde x$. The two of a pair contribute
-# $\tilde C_n \tilde x_n$ and its conjugate, whose sum is
+# complex. The matrix $A$ is real, so its complex poles come in conjugate pairs, and
+# with them the entries of $\tilde B$, $\tilde C$ and $\tilde x$. The two of a pair
+# contribute $\tilde C_n \tilde x_n$ and its conjugate, whose sum is
 #
 # $$
 # \tilde C_n \tilde x_n + \overline{\tilde C_n \tilde x_n} = 2 \,\Re \big( \tilde C_n \tilde x_n \big) .
 # $$
 #
-# So we keep one of each pair, $N/2$ complex numbers, and write $2\,\Re$ at the end. That
-# saves half of the work and of the parameters, and the output is real whatever is
+# So we keep one of each pair, $N/2$ complex numbers, and write $2\,\Re$ at the end.
+# That saves half of the work and of the parameters, and the output is real whatever is
 # learned. A real pole has no partner. Kept in the same form it counts twice, a factor
 # that its $C$ absorbs.
 #
 # ### S4D in one sentence
 #
-# **S4D is a linear system whose matrix is diagonal to begin with.** Nothing is diagonalized
-# while it runs or learns. The model learns the poles $A_n$ themselves, and $B_n$, $C_n$ and
-# $\Delta$ beside them. That this is enough was found by Gupta, Gu and Berant (DSS, 2022).
-# Everything that needed linear algebra becomes elementwise: zero-order hold is
+# **S4D is a linear system whose matrix is diagonal to begin with.** Nothing is
+# diagonalized while it runs or learns. The model learns the poles $A_n$ themselves, and
+# $B_n$, $C_n$ and $\Delta$ beside them. That this is enough was found by Gupta, Gu and
+# Berant (DSS, 2022). Everything that needed linear algebra becomes elementwise:
+# zero-order hold is
 #
 # $$
 # \bar A_n = e^{\Delta A_n}, \qquad
@@ -720,12 +739,12 @@ if RUN:
 # ### A subtraction that loses its digits
 #
 # Look at $\varphi$ for a small $z$. A slow mode on a fine grid, $A = -\tfrac12$ and
-# $\Delta = 10^{-4}$, has $z = -0.00005$. Then $e^z$ is $0.99995$, of which float32 keeps seven
-# digits, and subtracting 1 leaves two or three of them. The cure has a name in NumPy and
-# in JAX: `expm1(z)` computes $e^z - 1$ without forming $e^z$. At $z = 0$ the quotient is
-# still 0/0, so for small $z$ we use the series $1 + z/2 + z^2/6 + \dots$ instead. It serves
-# the derivative too, which has an even worse cancellation. Now $A_n = 0$, a perfect
-# integrator, is a pole like any other.
+# $\Delta = 10^{-4}$, has $z = -0.00005$. Then $e^z$ is $0.99995$, of which float32
+# keeps seven digits, and subtracting 1 leaves two or three of them. The cure has a name
+# in NumPy and in JAX: `expm1(z)` computes $e^z - 1$ without forming $e^z$. At $z = 0$
+# the quotient is still 0/0, so for small $z$ we use the series
+# $1 + z/2 + z^2/6 + \dots$ instead. It serves the derivative too, which has an even
+# worse cancellation. Now $A_n = 0$, a perfect integrator, is a pole like any other.
 
 # %%
 def phi(z):
@@ -739,12 +758,13 @@ def phi(z):
 
 
 # %% [markdown]
-# How bad is it? The relative errors of the quotient as written, by `expm1`, and of `phi`:
+# How bad is it? The relative errors of the quotient as written, by `expm1`, and of
+# `phi`:
 
 # %%
 if RUN:
     for size in (1e-1, 1e-3, 1e-5, 1e-7):
-        z = np.complex64(size * (-0.8 + 0.6j))
+        z = jnp.complex64(size * (-0.8 + 0.6j))
         exact = np.expm1(np.complex128(z)) / np.complex128(z)
         forms = (jnp.exp(z) - 1) / z, jnp.expm1(z) / z, phi(z)
         errors = [abs(f - exact) / abs(exact) for f in forms]
@@ -753,8 +773,8 @@ if RUN:
 
 
 # %% [markdown]
-# With it the discretization of a diagonal system is three lines. The bilinear rule of
-# Part 2 becomes elementwise in the same way.
+# With $\varphi$ the discretization of a diagonal system is three lines. The bilinear
+# rule of Part 2 becomes elementwise in the same way.
 
 # %%
 @functools.partial(jax.jit, static_argnames="method")
@@ -781,8 +801,8 @@ def s4d_discretize(A, B, dt, method="zoh"):
 # K_l = 2\,\Re \sum_{n} C_n\, \bar B_n\, \bar A_n^{\,l} .
 # $$
 #
-# For all $l$ at once this is a row vector times a matrix with $\bar A_n^{\,l}$ in row $n$
-# and column $l$. Each row lists the powers of one number: a **Vandermonde matrix**.
+# For all $l$ at once this is a row vector times a matrix with $\bar A_n^{\,l}$ in row
+# $n$ and column $l$. Each row lists the powers of one number: a **Vandermonde matrix**.
 #
 # $$
 # K = 2\,\Re\;
@@ -875,17 +895,17 @@ def one_mode(decay=1.0, frequency=6.24):
 
 # %% [markdown]
 # *What stands: a system is a few complex numbers, and its kernel is one matrix product.
-# Exercise: write the kernel of $A = 0$, $B = 1$, $C = 1/2$. What does convolving with it
-# do?*
+# Exercise: write the kernel of $A = 0$, $B = 1$, $C = 1/2$. What does convolving with
+# it do?*
 
 # %% [markdown]
 # ## Part 6: Fast
 #
 # A layer has a kernel for each of its channels, and needs them anew at every training
-# step, since the parameters have moved. Two computations carry the cost: the convolution,
-# $L^2$ multiplications by the definition, and the kernel, $N L/2$ complex powers. Both can
-# be had for much less. For each we keep the plain form above, write the fast one, ask
-# whether they agree, and stop the time.
+# step, since the parameters have moved. Two computations carry the cost: the
+# convolution, $L^2$ multiplications by the definition, and the kernel, $N L/2$ complex
+# powers. Both can be had for much less. For each we keep the plain form above, write
+# the fast one, ask whether they agree, and stop the time.
 
 # %%
 def best_time(f, *args, repeats=5):
@@ -903,15 +923,16 @@ def best_time(f, *args, repeats=5):
 # ### The convolution by FFT, and how it wraps around
 #
 # The discrete Fourier transform turns convolution into multiplication, and the fast
-# Fourier transform (FFT) computes it in $L \log L$ operations. But it lives on a circle.
-# What runs out at the end comes in again at the start: a transform of length $L$ computes
+# Fourier transform (FFT) computes it in $L \log L$ operations. But it lives on a
+# circle. What runs out at the end comes in again at the start: a transform of length
+# $L$ computes
 #
 # $$
 # y_l = \sum_{j} K_j\, u_{(l-j) \bmod L} .
 # $$
 #
-# The tail of the convolution, samples $L$ to $2L-2$, lands on its head. The usual cure is
-# to pad both with $L$ zeros, so that the tail lands on zeros and can be cut off.
+# The tail of the convolution, samples $L$ to $2L-2$, lands on its head. The usual cure
+# is to pad both with $L$ zeros, so that the tail lands on zeros and can be cut off.
 
 # %%
 @jax.jit
@@ -927,6 +948,11 @@ def padded_conv(u, K):
     Y = jnp.fft.rfft(u, 2 * L) * jnp.fft.rfft(K, 2 * L)  # (..., L + 1)
     return jnp.fft.irfft(Y, 2 * L)[..., :L]
 
+
+# %% [markdown]
+# On the spring the damage is plain to see. The hand still shakes the mass when the
+# samples end, and what should follow after the end appears at the beginning, before
+# anything has touched the mass.
 
 # %%
 @figure(steps=(60, 200))
@@ -948,14 +974,14 @@ def wraparound(steps=140):
 # %% [markdown]
 # ### Let it wrap, but mark it
 #
-# Padding keeps the tail away from the head by making room for both. But the tail does no
-# harm if we can tell it from the head afterwards. So mark it. Turn sample $l$ of both $u$
-# and $K$ by an angle that grows from nothing to a quarter turn over the sequence: multiply
-# by $w^l$ with $w = e^{i\pi/2L}$. A product $K_j u_m$ is then turned by $w^{j+m}$. In the
-# head, where $j + m = l$, we undo the turn and the product is real again. In the tail,
-# $j + m = l + L$: undoing $w^l$ leaves $w^L = i$. A quarter turn remains. With
-# $\hat u_l = w^l u_l$, $\hat K_l = w^l K_l$, and $\circledast$ for the convolution on the
-# circle,
+# Padding keeps the tail away from the head by making room for both. But the tail does
+# no harm if we can tell it from the head afterwards. So mark it. Turn sample $l$ of
+# both $u$ and $K$ by an angle that grows from nothing to a quarter turn over the
+# sequence: multiply by $w^l$ with $w = e^{i\pi/2L}$. A product $K_j u_m$ is then turned
+# by $w^{j+m}$. In the head, where $j + m = l$, we undo the turn and the product is real
+# again. In the tail, $j + m = l + L$: undoing $w^l$ leaves $w^L = i$. A quarter turn
+# remains. With $\hat u_l = w^l u_l$, $\hat K_l = w^l K_l$, and $\circledast$ for the
+# convolution on the circle,
 #
 # $$
 # w^{-l} \big( \hat K \circledast \hat u \big)_l
@@ -984,6 +1010,11 @@ def causal_conv(u, K):
     return (w.conj() * jnp.fft.ifft(Y)).real
 
 
+# %% [markdown]
+# All three on the spring, cut after 140 samples while the mass still swings. The last
+# line compares their speed where it counts, on a batch of 16 sequences with 64 channels
+# and 1,024 samples.
+
 # %%
 if RUN:
     short, y_short = u[:140], y[:140]  # ends while the mass still swings
@@ -1001,19 +1032,20 @@ if RUN:
 # ### The kernel from two small tables
 #
 # Now the kernel. For 256 channels with 32 modes each and 1,024 steps the Vandermonde
-# matrices hold $256 \cdot 32 \cdot 1024$ powers, more than eight million. Yet each row is
-# determined by a single number. There must be a way to make some of them from others.
+# matrices hold $256 \cdot 32 \cdot 1024$ powers, more than eight million. Yet each row
+# is determined by a single number. There must be a way to make some of them from
+# others.
 #
 # A clock has one. It names the 3,600 seconds of an hour with 60 minutes and 60 seconds:
-# two short lists, and every pair is a moment. Write the step likewise as $l = g\,b + j$,
-# with $b$ close to $\sqrt L$. Then
+# two short lists, and every pair is a moment. Write the step likewise as
+# $l = g\,b + j$, with $b$ close to $\sqrt L$. Then
 #
 # $$
 # \bar A_n^{\,gb + j} = \bar A_n^{\,gb} \cdot \bar A_n^{\,j} ,
 # $$
 #
-# and two lists of $\sqrt L$ powers give all $L$. What remains is a sum over the modes of
-# products of an entry for $g$ with an entry for $j$, which is a matrix product:
+# and two lists of $\sqrt L$ powers give all $L$. What remains is a sum over the modes
+# of products of an entry for $g$ with an entry for $j$, which is a matrix product:
 #
 # $$
 # K_{gb + j} = \Re \sum_n
@@ -1023,10 +1055,10 @@ if RUN:
 # $$
 #
 # Of $N L/2$ powers, $N \sqrt L$ are left. The rest is multiplications and additions,
-# arranged in the way that processors are built for. Stack real above imaginary parts, and
-# it is one real matrix product per channel. In the code $W_n = C_n \bar B_n$ are the
-# weights of the modes, and `pole_powers(A, dt, k)`, which the next section writes, is
-# $\bar A^k$ for a list of exponents.
+# arranged in the way that processors are built for. Stack real above imaginary parts,
+# and it is one real matrix product per channel. In the code $W_n = C_n \bar B_n$ are
+# the weights of the modes, and `pole_powers(A, dt, k)`, which the next section writes,
+# is $\bar A^k$ for a list of exponents.
 
 # %%
 @functools.partial(jax.jit, static_argnames=("L", "method"))
@@ -1046,6 +1078,10 @@ def mode_sum(W, A, dt, L, method="zoh"):
     return K.reshape(*K.shape[:-2], g * b)[..., :L]
 
 
+# %% [markdown]
+# The kernel of S4D is the sum with the weights $C_n \bar B_n$. This is the function
+# that the layer will use.
+
 # %%
 @functools.partial(jax.jit, static_argnames=("L", "method"))
 def s4d_kernel(A, B, C, dt, L, method="zoh"):
@@ -1063,16 +1099,17 @@ def s4d_kernel(A, B, C, dt, L, method="zoh"):
 # %% [markdown]
 # ### Powers that stay exact
 #
-# One line would do for `pole_powers`, `exp(dt * A * k)`, and it has two faults. It is slow:
-# a sine that must be right for every angle cannot be short. And it is inexact. A fast
-# mode turns through thousands of radians over a long sequence, and of an angle near 4,096
-# the last bit that float32 keeps is worth $2^{-11}$, half a thousandth of a radian.
+# One line would do for `pole_powers`, `exp(dt * A * k)`, and it has two faults. It is
+# slow: a sine that must be right for every angle cannot be short. And it is inexact. A
+# fast mode turns through thousands of radians over a long sequence, and of an angle
+# near 4,096 the last bit that float32 keeps is worth $2^{-11}$, half a thousandth of a
+# radian.
 #
 # Both have one cause: we count full turns that nobody needs. Ask a clock again. After
-# twelve hours its hand starts anew, and no precision is lost over the years. We give the
-# full turn $2^{32}$ ticks and count ticks in 32-bit integers. When such an integer
-# overflows, it wraps around, just as an angle does. So $k$ times the ticks of one step is
-# the right angle for every $k$, and the reduction costs nothing. (Electronic
+# twelve hours its hand starts anew, and no precision is lost over the years. We give
+# the full turn $2^{32}$ ticks and count ticks in 32-bit integers. When such an integer
+# overflows, it wraps around, just as an angle does. So $k$ times the ticks of one step
+# is the right angle for every $k$, and the reduction costs nothing. (Electronic
 # synthesizers make their tones with the same trick, a *phase accumulator*.)
 #
 # The ticks of one step must themselves be known well, or the error would grow with $k$.
@@ -1088,6 +1125,11 @@ def log_poles(A, dt, method):
     A_bar = (1 + z / 2) / (1 - z / 2)
     return jnp.log(jnp.where(A_bar == 0, 1e-30, A_bar))  # log(0) is not finite
 
+
+# %% [markdown]
+# Now the powers themselves: the ticks of one step in double precision, then $k$ times
+# as many in 32-bit integers, and at the end a point on the circle, shrunk by the
+# fading.
 
 # %%
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -1109,8 +1151,8 @@ def pole_powers(A, dt, k, method="zoh"):
 
 # %% [markdown]
 # JAX cannot find the derivative by itself through the integers, so we say it. For
-# zero-order hold $\tfrac{d}{dz} e^{kz} = k\,e^{kz}$ needs no new exponential at all. For the
-# bilinear rule it is $k \bar A^{k-1}$ times the derivative of $\bar A$.
+# zero-order hold $\tfrac{d}{dz} e^{kz} = k\,e^{kz}$ needs no new exponential at all.
+# For the bilinear rule it is $k \bar A^{k-1}$ times the derivative of $\bar A$.
 
 # %%
 @pole_powers.defjvp
@@ -1130,8 +1172,9 @@ def _(method, primals, tangents):
 # between minus and plus half a turn, and half of it between minus and plus a quarter.
 # There the Taylor series of sine and cosine converge so fast that eight terms give all
 # of float32. The double-angle formulas $\cos 2a = 1 - 2 \sin^2 a$ and
-# $\sin 2a = 2 \sin a \cos a$ do the rest. These are some forty multiplications and additions
-# without a branch, the kind of work that compilers turn into vector instructions.
+# $\sin 2a = 2 \sin a \cos a$ do the rest. These are some forty multiplications and
+# additions without a branch, the kind of work that compilers turn into vector
+# instructions.
 
 # %%
 def circle(turns):
@@ -1146,9 +1189,9 @@ def circle(turns):
 
 
 # %% [markdown]
-# Does it agree? On the spring, and then where it is hard: 32 modes that turn up to 1,280
-# radians per second, over 4,096 steps of a millisecond, against double precision. And is
-# the circle faster than the library's sine and cosine?
+# Does it agree? On the spring, and then where it is hard: 32 modes that turn up to
+# 1,280 radians per second, over 4,096 steps of a millisecond, against double precision.
+# And is the circle faster than the library's sine and cosine?
 
 # %%
 if RUN:
@@ -1171,10 +1214,10 @@ if RUN:
 # ### What rounding does to the recurrence
 #
 # The same care pays in the recurrence. A slow mode on a fine grid has a pole such as
-# $\bar A = 0.99995$. Its distance from 1 is what makes its memory long, and float32, whose
-# numbers lie $2^{-24}$ apart there, knows that distance to one part in a thousand. The
-# convolution above does not share the error, because it never rounds $\bar A$. So the two
-# views drift apart over a long sequence.
+# $\bar A = 0.99995$. Its distance from 1 is what makes its memory long, and float32,
+# whose numbers lie $2^{-24}$ apart there, knows that distance to one part in a
+# thousand. The convolution above does not share the error, because it never rounds
+# $\bar A$. So the two views drift apart over a long sequence.
 #
 # The cure is to keep what rounding cut off. Compute $\bar A$ in double precision, round
 # it, and keep the difference: $\bar A$ and `A_rest` together hold twice the digits. The
@@ -1209,21 +1252,21 @@ if RUN:
 # ### Every state, in parallel
 #
 # The convolution gives the outputs and no state. Sometimes one wants the states at all
-# times: to look inside, or to go on from any of them. The recurrence gives them one after
-# the other. A *parallel scan*, which is how S5 (Smith, Warrington and Linderman, 2022)
-# trains, needs only $\log_2 L$ rounds.
+# times: to look inside, or to go on from any of them. The recurrence gives them one
+# after the other. A *parallel scan*, which is how S5 (Smith, Warrington and Linderman,
+# 2022) trains, needs only $\log_2 L$ rounds.
 #
-# The trick is to see a step $x \mapsto a\,x + v$ as a thing of its own, a pair $(a, v)$.
-# First $(a_1, v_1)$ and then $(a_2, v_2)$ is again such a step:
+# The trick is to see a step $x \mapsto a\,x + v$ as a thing of its own, a pair
+# $(a, v)$. First $(a_1, v_1)$ and then $(a_2, v_2)$ is again such a step:
 #
 # $$
 # a_2 (a_1 x + v_1) + v_2 = \underbrace{(a_2 a_1)}_{a} x + \underbrace{(a_2 v_1 + v_2)}_{v} .
 # $$
 #
 # Steps are functions, and composing functions is associative. So neighbours can be
-# combined in pairs, all pairs at once, then pairs of pairs. `jax.lax.associative_scan` does the bookkeeping. The products of
-# the $a$ are squares of squares, and each squaring doubles their relative error: they
-# alone are kept in double precision.
+# combined in pairs, all pairs at once, then pairs of pairs. `jax.lax.associative_scan`
+# does the bookkeeping. The products of the $a$ are squares of squares, and each
+# squaring doubles their relative error: they alone are kept in double precision.
 
 # %%
 @jax.jit
@@ -1248,6 +1291,10 @@ def s4d_scan(A_bar, B_bar, C, u, x0=None, A_rest=0.0):
         _, x = jax.lax.associative_scan(combine, (a, v), axis=v.ndim - 2)
     return 2 * (C[..., None, :] * x).sum(-1).real, x
 
+
+# %% [markdown]
+# On the spring the scan must give the recurrence's outputs, its state after 77 samples,
+# and, started from that state, the rest of the outputs.
 
 # %%
 if RUN:
@@ -1283,6 +1330,10 @@ def costs(L, H=32, N=64):
     return {k: best_time(for_L(f), A, B, B, dt) for k, f in kernels.items()}, times
 
 
+# %% [markdown]
+# The time of the plain kernel grows with $L$, the time of the tables at first hardly at
+# all. Among the outputs the FFT wins at every length shown.
+
 # %%
 @figure()
 def cost_against_length():
@@ -1301,37 +1352,41 @@ def cost_against_length():
 
 
 # %% [markdown]
-# *What stands: the same kernel and the same convolution as before, faster and more exact,
-# and the state at every step when we want it. Exercise: the tables also work with three
-# digits, $l = g b^2 + h b + j$. Count the powers and the multiplications. Is it worth it?*
+# *What stands: the same kernel and the same convolution as before, faster and more
+# exact, and the state at every step when we want it. Exercise: the tables also work
+# with three digits, $l = g b^2 + h b + j$. Count the powers and the multiplications. Is
+# it worth it?*
 
 # %% [markdown]
 # ## Part 7: Where to start
 #
-# A layer learns its poles by gradient descent. Where should it start? The kernels that a
-# layer can make from its first poles decide what it can remember at first. Poles on the
-# real axis are the obvious thought, and a poor one: their modes can only fade. Poles at
-# random frequencies are better, but nothing says that they will cover what is needed.
+# A layer learns its poles by gradient descent. Where should it start? The kernels that
+# a layer can make from its first poles decide what it can remember at first. Poles on
+# the real axis are the obvious thought, and a poor one: their modes can only fade.
+# Poles at random frequencies are better, but nothing says that they will cover what is
+# needed.
 #
 # ### A memory made of polynomials
 #
-# HiPPO (Gu, Dao, Ermon, Rudra and Ré, 2020) turned the question round. *Suppose the state
-# should be the best possible summary of the whole past. What must $A$ and $B$ be?*
+# HiPPO (Gu, Dao, Ermon, Rudra and Ré, 2020) turned the question round. *Suppose the
+# state should be the best possible summary of the whole past. What must $A$ and $B$
+# be?*
 #
 # First fit all of the past into a finite interval. What is $a$ seconds old goes to the
 # place $s = e^{-a}$: the present is at $s = 1$, the distant past near $s = 0$. There,
 # summarize the input by its components along the Legendre polynomials $P_0, P_1, \dots$
 # These are the polynomials that are orthogonal on an interval, so that the first $N$
 # components give the best fit of degree $N - 1$, in least squares, and each can be
-# computed by itself. A component is an integral over $ds = e^{-a}\,da$, a convolution of the
-# input with the kernel
+# computed by itself. A component is an integral over $ds = e^{-a}\,da$, a convolution
+# of the input with the kernel
 #
 # $$
 # K_n(a) = \sqrt{2n+1}\; e^{-a} P_n(2e^{-a} - 1) .
 # $$
 #
 # (The root makes the polynomials of unit length.) Now the question is which system has
-# these $N$ kernels, $e^{aA}B = (K_0(a), K_1(a), \dots)$. HiPPO's answer is called **LegS**:
+# these $N$ kernels, $e^{aA}B = (K_0(a), K_1(a), \dots)$. HiPPO's answer is called
+# **LegS**:
 #
 # $$
 # A_{nk} = -\begin{cases} \sqrt{(2n+1)(2k+1)} & n > k \\ n + 1 & n = k \\ 0 & n < k \end{cases},
@@ -1350,6 +1405,9 @@ def hippo_legs(N):
     return -np.tril(np.outer(B, B), -1) - np.diag(np.arange(N) + 1.0), B
 
 
+# %% [markdown]
+# The polynomials come from SciPy, the exponential too.
+
 # %%
 if RUN:
     A_legs, B_legs = hippo_legs(16)
@@ -1364,16 +1422,17 @@ if RUN:
 # %% [markdown]
 # ### From LegS to a diagonal
 #
-# LegS is triangular, and so its eigenvalues stand on its diagonal: $-1, -2, \dots, -N$, all
-# real. Its modes are the fading curves that we wanted to avoid. How can it remember? By
-# adding and subtracting them with enormous weights, out of which polynomials appear. In
-# floating point that is hopeless: the last line above prints how many times a rounding
-# error is magnified on the way to the eigenvectors and back. LegS must not be
-# diagonalized.
+# LegS is triangular, and so its eigenvalues stand on its diagonal: $-1, -2, \dots, -N$,
+# all real. Its modes are the fading curves that we wanted to avoid. How can it
+# remember? By adding and subtracting them with enormous weights, out of which
+# polynomials appear. In floating point that is hopeless: the last line above prints how
+# many times a rounding error is magnified on the way to the eigenvectors and back. LegS
+# must not be diagonalized.
 #
 # But it is *almost* a matrix that can be. What does the memory itself think of the
 # present? At $s = 1$ all $P_n$ are 1, so the fitted curve has the value
-# $\sum_n \sqrt{2n+1}\, x_n = B^\top x$ there. If the memory is good, that is $u$. Now write
+# $\sum_n \sqrt{2n+1}\, x_n = B^\top x$ there. If the memory is good, that is $u$. Now
+# write
 #
 # $$
 # x' = A x + B u
@@ -1388,17 +1447,17 @@ if RUN:
 # S_{nk} = \begin{cases} -\tfrac12 \sqrt{(2n+1)(2k+1)} & n > k \\ +\tfrac12 \sqrt{(2n+1)(2k+1)} & n < k \end{cases}
 # $$
 #
-# and zero on the diagonal. $S$ is skew-symmetric, $S^\top = -S$. Its eigenvalues are purely
-# imaginary and its eigenvectors orthogonal, the best that one can ask for. S4 keeps the
-# rank-one term and pays for it with a complicated kernel. **S4D-LegS drops it**: all real
-# parts are $-\tfrac12$, and the frequencies are those of $S$, of which we keep the positive
-# half.
+# and zero on the diagonal. $S$ is skew-symmetric, $S^\top = -S$. Its eigenvalues are
+# purely imaginary and its eigenvectors orthogonal, the best that one can ask for. S4
+# keeps the rank-one term and pays for it with a complicated kernel. **S4D-LegS drops
+# it**: all real parts are $-\tfrac12$, and the frequencies are those of $S$, of which
+# we keep the positive half.
 #
-# The approximation gets better as $N$ grows (S4D paper, theorem 3), in a weak sense. The
-# next cell prints, for the first four states, how far apart the *responses* to a smooth
-# input are, and how far the *kernels*. The responses meet; the kernels do not. The
-# diagonal kernel carries a fast ripple that never gets smaller, only faster, and a smooth
-# input averages it away.
+# The approximation gets better as $N$ grows (S4D paper, theorem 3), in a weak sense.
+# The next cell prints, for the first four states, how far apart the *responses* to a
+# smooth input are, and how far the *kernels*. The responses meet; the kernels do not.
+# The diagonal kernel carries a fast ripple that never gets smaller, only faster, and a
+# smooth input averages it away.
 
 # %%
 def legs_normal(N):
@@ -1407,6 +1466,11 @@ def legs_normal(N):
     frequencies, V = np.linalg.eigh(-1j * (A + np.outer(B, B) / 2 + np.eye(N) / 2))
     return -0.5 + 1j * frequencies, V
 
+
+# %% [markdown]
+# With the eigenvectors $V$ of the skew-symmetric part the kernels of the diagonal
+# system are $V e^{t\Lambda} V^* B/2$, where $V^*$ is the conjugate transpose. Beside
+# them we put the polynomials that they should be.
 
 # %%
 def legs_and_diagonal(N, t):
@@ -1417,6 +1481,10 @@ def legs_and_diagonal(N, t):
     B = V.conj().T @ hippo_legs(N)[1] / 2
     return legs, (V[:4] * B @ np.exp(np.outer(poles, t))).real
 
+
+# %% [markdown]
+# The smooth input is a slow sine with a faster one that fades. Distances are relative
+# to the largest value.
 
 # %%
 if RUN:
@@ -1433,8 +1501,9 @@ if RUN:
 # ### Simpler starting points
 #
 # Once the poles need not come from LegS, they may be written down. S4D-Inv fits the
-# frequencies of LegS by a formula, few fast modes and many slow ones. S4D-Lin spaces them
-# evenly, like a Fourier series. Here is each by its name, for $n = 0 \dots N/2 - 1$:
+# frequencies of LegS by a formula, few fast modes and many slow ones. S4D-Lin spaces
+# them evenly, like a Fourier series. Here is each by its name, for
+# $n = 0 \dots N/2 - 1$:
 #
 # | name | pole $A_n$ | idea |
 # |:-----|:-----------|:-----|
@@ -1474,6 +1543,9 @@ def s4d_init(name, N, key=None):
     return jnp.asarray(-0.5 + 1j * frequencies)
 
 
+# %% [markdown]
+# Here they are in the complex plane, and what each offers to a layer to begin with.
+
 # %%
 @figure(N=[4, 8, 16, 32, 64], log10_dt=(-3.0, -1.0))
 def basis_kernels(N=32, log10_dt=-2.0):
@@ -1499,11 +1571,12 @@ def basis_kernels(N=32, log10_dt=-2.0):
 # %% [markdown]
 # ### A test of memory
 #
-# What is a set of modes good for? A demanding task is a *delay*: output what came in 512
-# steps ago. Its kernel would be a spike at $l = 512$. We ask for a narrow bump there, some
-# 40 steps wide, which is what a delay of a smooth signal needs, and see how close a
-# weighted sum of 32 modes comes to it, by least squares over the weights $C$, before
-# anything is learned. The cell prints what is left of the bump for four steps $\Delta$.
+# What is a set of modes good for? A demanding task is a *delay*: output what came in
+# 512 steps ago. Its kernel would be a spike at $l = 512$. We ask for a narrow bump
+# there, some 40 steps wide, which is what a delay of a smooth signal needs, and see how
+# close a weighted sum of 32 modes comes to it, by least squares over the weights $C$,
+# before anything is learned. The cell prints what is left of the bump for four steps
+# $\Delta$.
 
 # %%
 def delay_fit(name, N=64, L=1024, dt=1 / 512, width=16):
@@ -1526,6 +1599,10 @@ if RUN:
         print(f"{name:8s}" + "".join(f"{error:8.3f}" for error in left))
 
 
+# %% [markdown]
+# In the picture $\Delta = 2^{-9}$. Random and real modes cannot be concentrated so far
+# in the past; they smear the bump out.
+
 # %%
 @figure(width=(8, 64), log2_dt=(-11, -7))
 def memory_of_a_delay(width=16, log2_dt=-9):
@@ -1542,33 +1619,35 @@ def memory_of_a_delay(width=16, log2_dt=-9):
 
 
 # %% [markdown]
-# Frequencies spread over the right range make a memory; random and real poles do not, at
-# any of these $\Delta$. `lin` is perfect where its range fits the task: at $\Delta = 2^{-9}$
-# its modes have 0, 1, 2, ... full turns in 1,024 steps, a Fourier series. At twice that
-# $\Delta$ it fails, while `legs` and `inv`, whose frequencies span a wider range, hold up:
-# they are safe where one does not know the range beforehand. `inv2` and `quad` have too few
-# slow modes for this task.
+# Frequencies spread over the right range make a memory; random and real poles do not,
+# at any of these $\Delta$. `lin` is perfect where its range fits the task: at
+# $\Delta = 2^{-9}$ its modes have 0, 1, 2, ... full turns in 1,024 steps, a Fourier
+# series. At twice that $\Delta$ it fails, while `legs` and `inv`, whose frequencies
+# span a wider range, hold up: they are safe where one does not know the range
+# beforehand. `inv2` and `quad` have too few slow modes for this task.
 #
-# *What stands: seven ways to place the poles, and a reason to prefer some. Exercise: call
-# `memory_of_a_delay` with a narrower bump. At what width does `lin` fail, and why there?*
+# *What stands: seven ways to place the poles, and a reason to prefer some. Exercise:
+# call `memory_of_a_delay` with a narrower bump. At what width does `lin` fail, and why
+# there?*
 
 # %% [markdown]
 # ## Part 8: The layer
 #
 # All the mathematics is in place; what follows makes it learn. A layer runs $H$ systems
-# side by side, one for each channel of its input, each with parameters of its own. Gradient descent will push the parameters anywhere it likes, so each is stored
-# in a form in which every value is allowed:
+# side by side, one for each channel of its input, each with parameters of its own.
+# Gradient descent will push the parameters anywhere it likes, so each is stored in a
+# form in which every value is allowed:
 #
 # - $\Re A$ must be negative. We store its logarithm, $\Re A = -e^{\texttt{log\_A\_real}}$.
 # - $\Delta$ must be positive, and matters by its order of magnitude. We store `log_dt`, and
 #   start it anywhere between 0.001 and 0.1, evenly in the logarithm: a channel with a small
 #   $\Delta$ sees far into the past, one with a large $\Delta$ is sharp.
-# - $B$ and $C$ are complex. They are stored as pairs of real numbers, because optimizers
-#   disagree on what to do with complex ones.
+# - $B$ and $C$ are complex. They are stored as pairs of real numbers, which every optimizer
+#   understands.
 # - $D$, the wire from Part 1, is a real number per channel.
 #
-# All of them learn, $B$ included. The method `system` at the end turns the stored numbers
-# into a system that is allowed.
+# All of them learn, $B$ included. The method `system` at the end turns the stored
+# numbers into a system that is allowed.
 
 # %%
 class DiagonalSSM(nnx.Module):
@@ -1607,10 +1686,11 @@ class DiagonalSSM(nnx.Module):
 # ### One contract, three ways to run
 #
 # A layer can be *called* on whole sequences, which trains it. It can *step*: one sample
-# and a state in, one output and a state out. And it can *advance*: a chunk of any length
-# and a state in, the chunk's outputs and a state out, by convolution. The contract is
-# that they agree, however a sequence is cut. Stepping we have. Advancing from a state $x$
-# needs two more formulas. Unroll the recurrence from $x$ instead of zero:
+# and a state in, one output and a state out. And it can *advance*: a chunk of any
+# length and a state in, the chunk's outputs and a state out, by convolution. The
+# contract is that they agree, however a sequence is cut. Stepping we have. Advancing
+# from a state $x$ needs two more formulas. Unroll the recurrence from $x$ instead of
+# zero:
 #
 # $$
 # y_l = 2\,\Re \sum_n C_n \bar A_n^{\,l+1} x_n + (K * u)_l ,
@@ -1685,9 +1765,9 @@ def s4d_advance(A, B, C, dt, x, u, lengths, method="zoh"):
 # The $H$ systems are linear and do not see each other. Two things are missing. A
 # nonlinearity: GELU, a smooth version of "let positive numbers pass". And a linear map
 # that mixes the channels. The default map is twice as wide as the layer, and its second
-# half decides, through a sigmoid, how much of the first half passes (a gated linear unit,
-# GLU). Between them *dropout* sets a random part of the numbers to zero while training, so
-# that the model does not rely on any single one.
+# half decides, through a sigmoid, how much of the first half passes (a gated linear
+# unit, GLU). Between them *dropout* sets a random part of the numbers to zero while
+# training, so that the model does not rely on any single one.
 #
 # $$
 # y = \mathrm{act}\big( W\, \mathrm{dropout}(\mathrm{gelu}(K * u + D u)) + b \big)
@@ -1751,8 +1831,8 @@ def masked(y, lengths):
 
 # %% [markdown]
 # Now the layer. Calling it is Parts 4 and 6, stepping it is Part 3, and advancing it is
-# the pair of formulas above. Nothing is cached: each method reads the parameters, so that
-# an update can leave nothing stale behind, and gradients flow through all of them.
+# the pair of formulas above. Nothing is cached: each method reads the parameters, so
+# that an update can leave nothing stale behind, and gradients flow through all of them.
 
 # %%
 class S4D(DiagonalSSM):
@@ -1798,8 +1878,8 @@ class S4D(DiagonalSSM):
 
 # %% [markdown]
 # The contract, tested on a layer of random parameters: whole, step by step, in chunks,
-# and with rows of different lengths. We compile the calls; uncompiled, JAX prepares each
-# operation one by one, which takes longer than the work.
+# and with rows of different lengths. We compile the calls; uncompiled, JAX prepares
+# each operation one by one, which takes longer than the work.
 
 # %%
 @nnx.jit
@@ -1821,6 +1901,9 @@ def run_steps(module, u):
     return x, y.swapaxes(0, 1)
 
 
+# %% [markdown]
+# A layer of 4 channels reads two sequences of 100 samples.
+
 # %%
 if RUN:
     layer = S4D(4, 16, rngs=nnx.Rngs(0))
@@ -1836,8 +1919,8 @@ if RUN:
 
 
 # %% [markdown]
-# And every parameter learns. One that is declared but never read would have a gradient of
-# exactly zero.
+# And every parameter learns. One that is declared but never read would have a gradient
+# of exactly zero.
 
 # %%
 if RUN:
@@ -1850,21 +1933,21 @@ if RUN:
 
 # %% [markdown]
 # What does it cost to run the layer on a stream? The state holds $H \cdot N/2$ complex
-# numbers, however long the past. A step multiplies each of them a few times, $O(HN)$, and
-# the mixing map takes $2H^2$ multiplications. Nothing grows with the length, where a
-# Transformer would keep every sample and look at all of them again at each step.
+# numbers, however long the past. A step multiplies each of them a few times, $O(HN)$,
+# and the mixing map takes $2H^2$ multiplications. Nothing grows with the length, where
+# a Transformer would keep every sample and look at all of them again at each step.
 #
-# *What stands: a layer with three ways to run and one meaning. Exercise: from the shapes
-# above, how many parameters has a layer of width $H$ and state $N$?*
+# *What stands: a layer with three ways to run and one meaning. Exercise: from the
+# shapes above, how many parameters has a layer of width $H$ and state $N$?*
 
 # %% [markdown]
 # ## Part 9: The block
 #
-# A deep network stacks layers. Two habits from the Transformer keep the signal healthy on
-# its way. A *residual connection* adds a layer's output to its input, so that the layer
-# only has to learn a change. *Layer normalization* in front of it brings the channels of
-# each sample to mean 0 and variance 1. A feed-forward network (FFN) follows, two linear
-# maps with a GELU between them, which works on each sample alone.
+# A deep network stacks layers. Two habits from the Transformer keep the signal healthy
+# on its way. A *residual connection* adds a layer's output to its input, so that the
+# layer only has to learn a change. *Layer normalization* in front of it brings the
+# channels of each sample to mean 0 and variance 1. A feed-forward network (FFN)
+# follows, two linear maps with a GELU between them, which works on each sample alone.
 #
 # $$
 # \begin{aligned}
@@ -1873,8 +1956,8 @@ if RUN:
 # \end{aligned}
 # $$
 #
-# All but S4D acts on single samples, so the block inherits its three ways to run, and its
-# causality: output $l$ depends on inputs $0 \dots l$ and nothing later.
+# All but S4D acts on single samples, so the block inherits its three ways to run, and
+# its causality: output $l$ depends on inputs $0 \dots l$ and nothing later.
 
 # %%
 class S4DBlock(nnx.Module):
@@ -1914,6 +1997,11 @@ class S4DBlock(nnx.Module):
         return x, self.around(u, y)
 
 
+# %% [markdown]
+# To see the causality, change one channel of sample 60 and look where the output moves.
+# (Moving all channels by the same amount would be invisible: LayerNorm takes out the
+# mean.)
+
 # %%
 if RUN:
     block, v = S4DBlock(4, 16, rngs=nnx.Rngs(0)), v[:1]
@@ -1924,14 +2012,14 @@ if RUN:
 
 
 # %% [markdown]
-# *What stands: a piece that can be stacked as often as one likes. Exercise: which of its
-# parameters would you change to make the block compute $y = u$ exactly?*
+# *What stands: a piece that can be stacked as often as one likes. Exercise: which of
+# its parameters would you change to make the block compute $y = u$ exactly?*
 
 # %% [markdown]
 # ## Part 10: The model
 #
-# A model is a stack of blocks with an entrance and an exit. Residual connections add, so
-# the signal grows with depth; one last normalization rescales it.
+# A model is a stack of blocks with an entrance and an exit. Residual connections add,
+# so the signal grows with depth; one last normalization rescales it.
 
 # %%
 class S4DStack(nnx.Module):
@@ -1968,11 +2056,11 @@ class S4DStack(nnx.Module):
 
 
 # %% [markdown]
-# The entrance is an *encoder*, a linear map from the input's channels to $H$. The exit is
-# *pooling* and a *decoder*. Pooling says what an answer for a whole sequence is made of:
-# the `mean` over its samples, the `last` one, or `none`, which answers for every sample.
-# A stream has no whole; there the model answers after each sample for the sequence so
-# far. For the mean its state also holds a running sum and a count.
+# The entrance is an *encoder*, a linear map from the input's channels to $H$. The exit
+# is *pooling* and a *decoder*. Pooling says what an answer for a whole sequence is made
+# of: the `mean` over its samples, the `last` one, or `none`, which answers for every
+# sample. A stream has no whole; there the model answers after each sample for the
+# sequence so far. For the mean its state also holds a running sum and a count.
 
 # %%
 class Pooling(nnx.Module):
@@ -2006,6 +2094,10 @@ class Pooling(nnx.Module):
         means = masked(totals / counts[..., None], lengths)
         return (totals[:, -1], count + lengths), means
 
+
+# %% [markdown]
+# The model puts the pieces in a row. Its state is that of the stack and that of the
+# pooling.
 
 # %%
 class S4DModel(nnx.Module):
@@ -2066,10 +2158,10 @@ if RUN:
 # To use S4D inside something larger, one wants a single call that makes a vector of a
 # window of samples. `build` is that call. It reads `window_size` samples of `embed_dim`
 # features each, and returns what the last of them has gathered, `hidden_size` numbers.
-# Three companions take the same arguments and compute nothing: `output_size` says how wide
-# the output is, `param_count` how many parameters there are, `recommended_defaults` what
-# the arguments of `build` are when some are left out. The count is read off the shapes of
-# the real model.
+# Three companions take the same arguments and compute nothing: `output_size` says how
+# wide the output is, `param_count` how many parameters there are,
+# `recommended_defaults` what the arguments of `build` are when some are left out. The
+# count is read off the shapes of the real model.
 
 # %%
 class S4DBackbone(nnx.Module):
@@ -2091,6 +2183,10 @@ class S4DBackbone(nnx.Module):
         return self.stack(self.encoder(u), lengths)[:, -1]
 
 
+# %% [markdown]
+# The function that makes it has a name and an order of arguments that are easy to
+# remember:
+
 # %%
 def build(embed_dim, hidden_size=256, state_size=64, num_layers=4, dropout=0.1,
           window_size=60, *, rngs, **options):
@@ -2102,6 +2198,10 @@ def build(embed_dim, hidden_size=256, state_size=64, num_layers=4, dropout=0.1,
     return S4DBackbone(embed_dim, hidden_size, state_size, num_layers, window_size,
                        dropout=dropout, rngs=rngs, **options)
 
+
+# %% [markdown]
+# Its companions ask `build` itself for its arguments, so that they cannot disagree with
+# it.
 
 # %%
 def output_size(*args, **options):
@@ -2125,6 +2225,9 @@ def recommended_defaults(*args, **options):
     return dict(call.arguments) | options
 
 
+# %% [markdown]
+# Is the count right? Count by hand, layer by layer.
+
 # %%
 if RUN:
     H, N = 32, 16
@@ -2138,20 +2241,20 @@ if RUN:
 
 
 # %% [markdown]
-# *What stands: a model that can be called, stepped and advanced, and a backbone for other
-# models. Exercise: how many of the parameters that the last line prints belong to the
-# SSMs?*
+# *What stands: a model that can be called, stepped and advanced, and a backbone for
+# other models. Exercise: how many of the parameters that the last line prints belong to
+# the SSMs?*
 
 # %% [markdown]
 # ## Part 11: Training
 #
 # ### One step by hand
 #
-# Before an optimizer does it, let us move a parameter ourselves. A pole turns at 5 radians
-# per second instead of 6.24. How well it imitates the right one is the mean squared
-# difference of the outputs. The gradient says in which direction the difference grows,
-# and a step against it makes it smaller. How large a step? 8 was found by trying; finding
-# it is what an optimizer like Adam is for.
+# Before an optimizer does it, let us move a parameter ourselves. A pole turns at 5
+# radians per second instead of 6.24. How well it imitates the right one is the mean
+# squared difference of the outputs. The gradient says in which direction the difference
+# grows, and a step against it makes it smaller. How large a step? 8 was found by
+# trying; finding it is what an optimizer like Adam is for.
 
 # %%
 def imitation(frequency, pole, B, C, u, y):
@@ -2174,16 +2277,16 @@ if RUN:
 # %% [markdown]
 # ### The data
 #
-# The task: read a handwritten digit one pixel at a time, and say which it is. The digits
-# are 1,797 images of 8 by 8 pixels that come inside
+# The task: read a handwritten digit one pixel at a time, and say which it is. The
+# digits are 1,797 images of 8 by 8 pixels that come inside
 # [scikit-learn](https://scikit-learn.org/stable/modules/generated/sklearn.datasets.load_digits.html)
 # (the test part of a set by Alpaydin and Kaynak, 1998). Read line by line, each is a
-# sequence of 64 numbers. The model is not told that pixels 8 apart are neighbours; it has
-# to remember.
+# sequence of 64 numbers. The model is not told that pixels 8 apart are neighbours; it
+# has to remember.
 #
-# The images are shuffled once, with a fixed seed, and split: 1,257 to train, 180 to make
-# choices (validation), 360 to test. The settings below were chosen on images of the first
-# two groups. No choice was made on the test images.
+# The images are shuffled once, with a fixed seed, and split: 1,257 to train, 180 to
+# make choices (validation), 360 to test. The settings below were chosen on images of
+# the first two groups. No choice was made on the test images.
 
 # %%
 def load_digits():
@@ -2197,6 +2300,10 @@ def load_digits():
     parts = slice(0, 1257), slice(1257, 1437), slice(1437, 1797)
     return [(images[part], labels[part]) for part in parts]
 
+
+# %% [markdown]
+# Eight of them, and one as the model meets it. Where a row of the image ends and the
+# next begins the curve shows no mark.
 
 # %%
 @figure(index=(0, 7))
@@ -2219,12 +2326,13 @@ def a_digit_as_a_sequence(index=0):
 # %% [markdown]
 # ### Two kinds of parameters
 #
-# The parameters of the memory, $A$, $B$ and $\Delta$, are delicate. A small change of a pole,
-# raised to the power of the sequence's length, is a large change of the kernel. They get
-# a lower learning rate, and no weight decay: decay pulls towards zero, and zero in
-# `log_dt` means $\Delta = 1$. The others, $C$ and $D$ among them, are weights like any. One
-# function labels the parameters, and the optimizer looks up what each label gets. The
-# rate warms up over the first tenth of the steps and then falls along a cosine.
+# The parameters of the memory, $A$, $B$ and $\Delta$, are delicate. A small change of a
+# pole, raised to the power of the sequence's length, is a large change of the kernel.
+# They get a lower learning rate, and no weight decay: decay pulls towards zero, and
+# zero in `log_dt` means $\Delta = 1$. The others, $C$ and $D$ among them, are weights
+# like any. One function labels the parameters, and the optimizer looks up what each
+# label gets. The rate warms up over the first tenth of the steps and then falls along a
+# cosine.
 
 # %%
 SSM_PARAMETERS = ("log_dt", "log_A_real", "A_imag", "B")
@@ -2239,6 +2347,10 @@ def parameter_labels(params):
 
     return jax.tree.map_with_path(label, params)
 
+
+# %% [markdown]
+# Adam scales each step by the recent size of the gradient; AdamW also pulls weights
+# towards zero a little at every step. Each label gets its own.
 
 # %%
 def make_optimizer(model, steps, lr=4e-3, ssm_lr=1e-3, weight_decay=0.05):
@@ -2258,9 +2370,9 @@ def make_optimizer(model, steps, lr=4e-3, ssm_lr=1e-3, weight_decay=0.05):
 # %% [markdown]
 # ### The loop
 #
-# One training step: logits, cross-entropy, gradient, update. `nnx.jit` compiles it once.
-# The dropout layers draw a fresh mask at every step, since their random stream is part of
-# the model and moves on with each use.
+# One training step: logits, cross-entropy, gradient, update. `nnx.jit` compiles it
+# once. The dropout layers draw a fresh mask at every step, since their random stream is
+# part of the model and moves on with each use.
 
 # %%
 @nnx.jit
@@ -2276,36 +2388,59 @@ def train_step(model, optimizer, u, labels):
     return loss
 
 
+# %% [markdown]
+# To evaluate, look at the model in another mode, with dropout off. `nnx.view` gives
+# such a view and leaves the model itself in training.
+
 # %%
 def evaluate(model, data):
     """Return the mean loss and the accuracy on (inputs, labels), without dropout."""
     u, labels = data
-    model.eval()
-    scores = call(model, u)
+    scores = call(nnx.view(model, deterministic=True), u)
     losses = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
     return float(losses.mean()), float((scores.argmax(-1) == labels).mean())
 
 
 # %% [markdown]
 # An *epoch* is a pass through all images. They come in a new order every time, and what
-# does not fill a batch at the end of one epoch begins the first batch of the next.
+# does not fill a batch at the end of one epoch begins the first batch of the next. The
+# images are few, and a model of this size could learn them by heart. So every image is
+# nudged half of the time: moved by up to one pixel, anew each time it comes.
 
 # %%
-def batches(data, epochs, batch_size, seed):
-    """Yield batches of (inputs, labels) for so many epochs, reshuffled each time."""
+def batches(data, epochs, batch_size, seed, augment=None):
+    """Yield batches of (inputs, labels) for so many epochs, reshuffled each time.
+
+    augment(inputs, rng) may change the inputs of each batch.
+    """
     rng, (u, labels) = np.random.default_rng(seed), data
     order = np.concatenate([rng.permutation(len(u)) for _ in range(epochs)])
     for i in range(0, len(order) - batch_size + 1, batch_size):
         rows = order[i : i + batch_size]
-        yield u[rows], labels[rows]
+        yield augment(u[rows], rng) if augment else u[rows], labels[rows]
 
 
 # %% [markdown]
-# Around the step: a progress bar where there is a terminal, a line now and then where
-# there is none, and a stop if the loss is not a number.
+# The nudge pads the image with a border of black and cuts out 8 by 8 pixels again,
+# somewhere else. Classes do not change when a digit moves by a pixel.
 
 # %%
-def train(model, data, validation, *, epochs=50, batch_size=32, seed=0, **rates):
+def nudged(images, rng):
+    """Move half of the 8 x 8 images by up to one pixel; what comes in is black."""
+    border, n = ((0, 0), (1, 1), (1, 1)), len(images)
+    padded = np.pad(images.reshape(-1, 8, 8), border, constant_values=-1)
+    moves = np.where(rng.random((n, 1, 1)) < 0.5, rng.integers(0, 3, (2, n, 1, 1)), 1)
+    rows, columns = np.arange(8)[:, None] + moves[0], np.arange(8) + moves[1]
+    return padded[np.arange(n)[:, None, None], rows, columns].reshape(images.shape)
+
+
+# %% [markdown]
+# Around the step: a progress bar where there is a terminal, a line now and then in any
+# case, and a stop if the loss is not a number.
+
+# %%
+def train(model, data, validation, *, epochs=40, batch_size=32, seed=0, augment=None,
+          **rates):
     """Train a classifier on (inputs, labels); rates are those of make_optimizer.
 
     Returns a history of ten rows: step, training loss, validation loss and accuracy.
@@ -2317,10 +2452,11 @@ def train(model, data, validation, *, epochs=50, batch_size=32, seed=0, **rates)
     steps = epochs * len(data[0]) // batch_size
     require(steps >= 10, f"{steps} steps", "10 or more: add epochs, or cut the batches")
     optimizer, history, losses = make_optimizer(model, steps, **rates), [], []
-    feed = batches(data, epochs, batch_size, seed)
+    model.train()
+    update = nnx.cached_partial(train_step, model, optimizer)  # looked through only once
+    feed = batches(data, epochs, batch_size, seed, augment)
     for step, batch in enumerate(progress(feed, steps), 1):
-        model.train()
-        losses.append(float(train_step(model, optimizer, *batch)))
+        losses.append(float(update(*batch)))
         if not math.isfinite(losses[-1]):
             good = losses[-2] if step > 1 else "none"
             raise FloatingPointError(f"loss {losses[-1]} at step {step}; before {good}")
@@ -2341,8 +2477,28 @@ def progress(feed, steps):
 
 
 # %% [markdown]
-# Two blocks with 64 channels, a state of 64 each. The dropout masks come from a random
-# generator of their own, a faster one.
+# One cost lies outside the model. A training step uses and frees many large arrays, and
+# the C library gives freed memory back to the system, to fetch it again a moment later.
+# Where that library is glibc, we ask it to keep what it has. This changes a setting of
+# the whole process, so it is done when this file runs, and not when it is imported.
+
+# %%
+def keep_memory():
+    """Let glibc keep freed memory for the next step. Does nothing elsewhere."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    for option, value in ((-3, 2**31 - 1), (-1, 2**31 - 1), (-2, 2**28)):
+        mallopt(option, value)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+
+
+if RUN:
+    keep_memory()
+
+# %% [markdown]
+# Three blocks with 64 channels, a state of 64 each. The dropout masks come from a
+# random generator of their own, a faster one.
 
 # %%
 @functools.cache
@@ -2350,8 +2506,8 @@ def trained(seed=0):
     """Train the model of this page, once. Returns model, history and the test data."""
     data, validation, test = load_digits()
     rngs = nnx.Rngs(seed, dropout=jax.random.key(seed, impl="rbg"))
-    model = S4DModel(1, 10, d_model=64, d_state=64, n_layers=2, dropout=0.1, rngs=rngs)
-    return model, train(model, data, validation, seed=seed), test
+    model = S4DModel(1, 10, d_model=64, d_state=64, n_layers=3, dropout=0.1, rngs=rngs)
+    return model, train(model, data, validation, seed=seed, augment=nudged), test
 
 
 if RUN:
@@ -2361,6 +2517,10 @@ if RUN:
     size = sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
     print(f"{size:,} parameters, {seconds:.0f} seconds, test accuracy {accuracy:.2%}")
 
+
+# %% [markdown]
+# The training loss includes dropout and nudges, the validation loss neither; that is
+# why the second can be the lower.
 
 # %%
 @figure()
@@ -2375,6 +2535,9 @@ def learning_curve():
     ax.legend()
     return fig
 
+
+# %% [markdown]
+# And its errors. Would you have read them better?
 
 # %%
 @figure()
@@ -2397,6 +2560,29 @@ def predictions():
 if RUN:
     show(hero)  # the promise of Part 0
 
+
+# %% [markdown]
+# ### What it reached
+#
+# One training says little. `python tests/measure_digits.py` trains three times, with seeds
+# 0, 1 and 2, and beside it a GRU, the usual recurrent network, of about as many
+# parameters, on the same nudged images, for as many seconds. The GRU's learning rate is
+# the best of three on the validation images. Recorded in `assets/digits.json`, on two CPU
+# cores, mean and standard deviation of the three seeds:
+#
+# | model | parameters | seconds | test accuracy |
+# |:------|-----------:|--------:|--------------:|
+# | S4D, 3 blocks | 113,610 | 75 | 98.6% ± 0.3% |
+# | GRU, 2 layers | 110,590 | 59 | 92.4% ± 0.3% |
+#
+# With 360 test images one image more or less is 0.28%, so the spread of S4D is about one
+# image. The GRU may well do better with more time or tuning; the question here was what
+# the same minute gives.
+#
+# *What stands: a trained model that can be read as a convolution or run pixel by pixel.
+# The belief in the first picture of this page comes from `advance`. Exercise: at which
+# pixel does the model make up its mind, for each of the digits?*
+
 # %% [markdown]
 # ## Closing: all views agree
 #
@@ -2416,6 +2602,10 @@ def scipy_views(A, B, C, dt, u):
     ]
     return 2 * np.sum(modes, 1).real
 
+
+# %% [markdown]
+# And this is everything on this page that computes an output. The chunks are cut at odd
+# places, one of them a single sample.
 
 # %%
 def all_views(layer, u):
@@ -2441,6 +2631,10 @@ def all_views(layer, u):
         "steps": steps.T,
     }
 
+
+# %% [markdown]
+# The table shows each pair once. *Vandermonde* stands out: it is the plain kernel with
+# poles rounded to float32.
 
 # %%
 if RUN:
@@ -2499,13 +2693,13 @@ if RUN:
 # %% [markdown]
 # ## Appendix C: How this file shows itself
 #
-# This article is a Python file in which comments that begin with `# %%` divide prose from
-# code, the *percent* format of [Jupytext](https://jupytext.readthedocs.io). The notebook
-# is generated from it. Three small rules let one file serve all its readers.
+# This article is a Python file in which comments that begin with `# %%` divide prose
+# from code, the *percent* format of [Jupytext](https://jupytext.readthedocs.io). The
+# notebook is generated from it. Three small rules let one file serve all its readers.
 #
-# **Definitions run anywhere; work runs where it is asked for.** Cells that compute begin
-# with `if RUN:`, and `@figure` draws only if `RUN` is true. It is false on import. So
-# `import annotated_s4d` defines the library and computes nothing.
+# **Definitions run anywhere; work runs where it is asked for.** Cells that compute
+# begin with `if RUN:`, and `@figure` draws only if `RUN` is true. It is false on
+# import. So `import annotated_s4d` defines the library and computes nothing.
 #
 # **A figure is a function, its arguments are its knobs.** Try one in a notebook:
 # `one_mode(decay=0.3, frequency=12.0)`. Matplotlib's `Figure` is used without `pyplot`,

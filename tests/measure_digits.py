@@ -28,7 +28,7 @@ import annotated_s4d as s4d  # noqa: E402
 class GRU(nnx.Module):
     """Encoder, residual GRU layers, mean over time, decoder: to logits (batch, 10)."""
 
-    def __init__(self, width=76, layers=2, dropout=0.1, *, rngs):
+    def __init__(self, width=95, layers=2, dropout=0.1, *, rngs):
         self.encoder = nnx.Linear(1, width, rngs=rngs)
         self.norms = nnx.List(
             [nnx.LayerNorm(width, rngs=rngs) for _ in range(layers + 1)]
@@ -67,7 +67,9 @@ def seconds_per_epoch(model, data, batch_size=32):
 def run_gru(seed, epochs, lr):
     data, validation, test = s4d.load_digits()
     model, start = make_gru(seed), time.perf_counter()
-    history = s4d.train(model, data, validation, epochs=epochs, seed=seed, lr=lr)
+    history = s4d.train(
+        model, data, validation, epochs=epochs, seed=seed, augment=s4d.nudged, lr=lr
+    )
     return dict(
         seed=seed,
         seconds=time.perf_counter() - start,
@@ -106,6 +108,7 @@ def main():
         "--quick", action="store_true", help="two epochs, nothing written"
     )
     quick = parser.parse_args().quick
+    s4d.keep_memory()  # as the script does
     data, *_ = s4d.load_digits()
     epoch = seconds_per_epoch(make_gru(0), data)
     if quick:

@@ -251,3 +251,13 @@ def test_top_level():
         "requirements.txt",
     }
     assert {name for name in names if not name.startswith(".")} <= allowed
+
+
+def test_ruff_finds_nothing():
+    for arguments in (["check"], ["format", "--check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *arguments, str(ROOT)],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout

@@ -84,6 +84,16 @@ def test_batches_leave_nothing_out():
     assert got == again
 
 
+def test_nudges_move_half_of_the_images_by_a_pixel():
+    rng, image = np.random.default_rng(0), np.full((8, 8), -1.0)
+    image[3, 4] = 1.0
+    moved = s4d.nudged(np.tile(image.reshape(1, 64, 1), (4000, 1, 1)), rng)
+    assert moved.shape == (4000, 64, 1) and ((moved == 1).sum((1, 2)) == 1).all()
+    rows, columns = np.divmod(moved[:, :, 0].argmax(1), 8)
+    assert set(rows) == {2, 3, 4} and set(columns) == {3, 4, 5}
+    assert ((rows == 3) & (columns == 4)).mean() == pytest.approx(5 / 9, abs=0.03)
+
+
 def test_training_learns_and_reports(capsys):
     model, data = tiny()
     history = s4d.train(model, data, data, epochs=20, batch_size=16, lr=1e-2)
