@@ -4,8 +4,8 @@
     python tests/measure_digits.py --quick   a minute's rehearsal; writes nothing
 
 The GRU has two layers between the same encoder and decoder, with about as many
-parameters as the S4D model, and trains for as many seconds. Its learning rate is chosen
-on the validation images, with seed 0.
+parameters as the S4D model, and trains for about as many seconds. Its learning rate is
+chosen on the validation images, with seed 0.
 """
 
 import argparse
