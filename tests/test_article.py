@@ -40,6 +40,8 @@ def rehearsal():
                     drawn[draw.__name__] = picture(draw)
 
             namespace["show"] = show
+        if "def best_time(" in source:
+            namespace["best_time"] = lambda *args, **options: 1.0  # speed is not tested
         if "def train(" in source:
             train = namespace["train"]
             namespace["train"] = lambda *a, train=train, **k: train(

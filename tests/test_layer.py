@@ -67,7 +67,7 @@ def numpy_layer(layer, u, final_act="glu", x0=None):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("L", [1, 2, 75])
+@pytest.mark.parametrize("L", [1, 75])
 def test_layer_against_numpy(x64, options, L):
     """Call, step and advance, each against float64, outputs and states."""
     layer, u = make(**options), noise(2, L, 3)
@@ -82,7 +82,7 @@ def test_layer_against_numpy(x64, options, L):
     assert error(x, x_exact[:, :, -1]) < tol
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     cuts=st.lists(st.sampled_from([1, 2, 5, 16, 33]), min_size=1, max_size=5),
     options=st.sampled_from(OPTIONS),
@@ -178,7 +178,7 @@ def views(layer, u):
     return {"call": lambda layer: layer(u), "step": stepped, "advance": advanced}
 
 
-@pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
+@pytest.mark.parametrize("options", OPTIONS[1:3], ids=str)
 @pytest.mark.parametrize("view", ["call", "step", "advance"])
 def test_gradients_against_differences(options, view):
     """Every parameter, in float64, along a random direction and one by one in size."""
