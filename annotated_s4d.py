@@ -504,10 +504,10 @@ if RUN:
 
 
 # %% [markdown]
-# That is a delay of half an interval, more than anything else, and it shrinks with
-# $\Delta$. Now hold the force for a whole fifth of a second, so that the stairs are
-# visible. The ZOH dots sit on the curve that the ODE solver finds for the held force.
-# The bilinear dots do not.
+# A staircase follows its curve half an interval late, on average; the difference
+# shrinks with $\Delta$. Now hold the force for a whole fifth of a second, so that the
+# stairs are visible. The ZOH dots sit on the curve that the ODE solver finds for the
+# held force. The bilinear dots do not.
 
 # %%
 @figure(dt=(0.04, 0.4))
@@ -2568,11 +2568,11 @@ if RUN:
 # %% [markdown]
 # ### What it reached
 #
-# One training says little. `python tests/measure_digits.py` trains three times, with seeds
-# 0, 1 and 2, and beside it a GRU, the usual recurrent network, of about as many
-# parameters, on the same nudged images, for about as long (its epochs ran somewhat faster
-# than when they were timed to set their number). The GRU's learning rate is the best of
-# three on the validation images. Recorded in `assets/digits.json`, on two CPU
+# One training says little. `python tests/measure_digits.py` trains three times, with
+# seeds 0, 1 and 2, and beside it a GRU, the usual recurrent network, of about as many
+# parameters, on the same nudged images, for about as long (its epochs ran somewhat
+# faster than when they were timed to set their number). The GRU's learning rate is the
+# best of three on the validation images. Recorded in `assets/digits.json`, on two CPU
 # cores, mean and standard deviation of the three seeds:
 #
 # | model | parameters | seconds | test accuracy |
@@ -2580,9 +2580,9 @@ if RUN:
 # | S4D, 3 blocks | 113,610 | 75 | 98.6% ± 0.3% |
 # | GRU, 2 layers | 110,590 | 59 | 92.4% ± 0.3% |
 #
-# With 360 test images one image more or less is 0.28%, so the spread of S4D is about one
-# image. The GRU may well do better with more time or tuning; the question here was what
-# the same minute gives.
+# With 360 test images one image more or less is 0.28%, so the spread of S4D is about
+# one image. The GRU may well do better with more time or tuning; the question here was
+# what the same minute gives.
 #
 # *What stands: a trained model that can be read as a convolution or run pixel by pixel.
 # The belief in the first picture of this page comes from `advance`. Exercise: at which

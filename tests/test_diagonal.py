@@ -151,7 +151,7 @@ def test_integrator(x64):
 
 
 @pytest.mark.parametrize("method", s4d.METHODS)
-@pytest.mark.parametrize("init", s4d.INITS)
+@pytest.mark.parametrize("init", ["legs", "rand", "real"])
 def test_kernel_gradient_is_that_of_the_definition(init, method):
     """The hand-written derivative against autodiff of the Vandermonde product."""
     with jax.enable_x64(True):
@@ -163,20 +163,19 @@ def test_kernel_gradient_is_that_of_the_definition(init, method):
             return (K * target).sum()
 
         args = A.real, A.imag, B, C, jnp.log(dt)
-        ours = jax.grad(lambda *a: loss(s4d.s4d_kernel, *a), range(5))(*args)
+        ours = jax.jit(jax.grad(lambda *a: loss(s4d.s4d_kernel, *a), range(5)))(*args)
 
         def definition(A, B, C, dt, L, method):  # powers by products, no logarithm
             A_bar, B_bar = s4d.s4d_discretize(A, B, dt, method)
-            steps = [jnp.ones_like(A_bar)]
-            for _ in range(L - 1):
-                steps.append(steps[-1] * A_bar)
-            return 2 * jnp.einsum("hn,lhn->hl", C * B_bar, jnp.stack(steps)).real
+            one = jnp.ones_like(A_bar)
+            _, powers = jax.lax.scan(lambda p, _: (p * A_bar, p), one, None, L)
+            return 2 * jnp.einsum("hn,lhn->hl", C * B_bar, powers).real
 
-        plain = jax.grad(lambda *a: loss(definition, *a), range(5))(*args)
+        plain = jax.jit(jax.grad(lambda *a: loss(definition, *a), range(5)))(*args)
         for a, b in zip(ours, plain):
             assert error(a, b) < 1e-9
     halves = [np.asarray(a).astype("F" if np.iscomplexobj(a) else "f") for a in args]
-    single = jax.grad(lambda *a: loss(s4d.s4d_kernel, *a), range(5))(*halves)
+    single = jax.jit(jax.grad(lambda *a: loss(s4d.s4d_kernel, *a), range(5)))(*halves)
     for a, b in zip(single, ours):
         assert a.dtype in (jnp.float32, jnp.complex64)
         assert error(a, b) < 1e-4
@@ -193,7 +192,7 @@ def test_gradients_stay_finite(x64, method):
         K = s4d.s4d_kernel(jax.lax.complex(re, im), one, one, dt, 40, method)
         return (K**2).sum()
 
-    value, grads = jax.value_and_grad(loss, (0, 1, 2))(A.real, A.imag, dt)
+    value, grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(A.real, A.imag, dt)
     assert jnp.isfinite(value)
     assert all(jnp.isfinite(g).all() for g in grads)
 
@@ -215,19 +214,20 @@ def test_gradient_at_a_vanishing_bilinear_pole(x64):
 
 def test_scan_and_recurrence_differentiate(x64):
     A, B, C, dt = systems("legs", N=8)
-    u = jnp.asarray(np.random.default_rng(0).standard_normal((4, 60)))
+    u = jnp.asarray(np.random.default_rng(0).standard_normal((4, 24)))
 
     def loss(run, re, im):
         discrete = s4d.s4d_discretize(jax.lax.complex(re, im), B, dt)
         return (run(*discrete, C, u)[0] ** 2).sum()
 
     def convolve(re, im):
-        K = s4d.s4d_kernel(jax.lax.complex(re, im), B, C, dt, 60)
+        K = s4d.s4d_kernel(jax.lax.complex(re, im), B, C, dt, 24)
         return (s4d.causal_conv(u, K) ** 2).sum()
 
-    expected = jax.grad(convolve, (0, 1))(A.real, A.imag)
+    expected = jax.jit(jax.grad(convolve, (0, 1)))(A.real, A.imag)
     for view in (s4d.s4d_recurrence, s4d.s4d_scan):
-        grads = jax.grad(lambda *a, view=view: loss(view, *a), (0, 1))(A.real, A.imag)
+        grad = jax.jit(jax.grad(lambda *a, view=view: loss(view, *a), (0, 1)))
+        grads = grad(A.real, A.imag)
         for a, b in zip(grads, expected):
             assert error(a, b) < (1e-10 if x64 else 1e-4)
 

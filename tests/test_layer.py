@@ -82,7 +82,7 @@ def test_layer_against_numpy(x64, options, L):
     assert error(x, x_exact[:, :, -1]) < tol
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     cuts=st.lists(st.sampled_from([1, 2, 5, 16, 33]), min_size=1, max_size=5),
     options=st.sampled_from(OPTIONS),
