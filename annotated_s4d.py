@@ -749,10 +749,14 @@ if RUN:
 # %%
 def phi(z):
     """Compute (e^z - 1) / z, which is 1 at z = 0, to full precision."""
-    small, series = abs(z) < 0.5, 1
-    near, far = jnp.where(small, z, 0), jnp.where(small, 1, z)  # each branch its own z,
-    for n in range(16, 1, -1):  # so that the one not taken stays finite
-        series = 1 + near / n * series  # 1 + z/2 (1 + z/3 (1 + z/4 ...
+    small = abs(z) < 0.5  # each branch gets its own z, so that the other stays finite
+    near, far = jnp.where(small, z, 0), jnp.where(small, 1, z)
+
+    def term(i, series):  # 1 + z/2 (1 + z/3 (1 + z/4 ..., from the inside
+        return 1 + near / (16 - i) * series
+
+    # A compiled loop is done once; written out, XLA would redo it for every power of z.
+    series = jax.lax.fori_loop(0, 15, term, jnp.ones_like(z))
     return jnp.where(small, series, jnp.expm1(far) / far)
 
 
