@@ -1,13 +1,14 @@
-"""Make notebooks/annotated_s4d.ipynb and assets/*.png from annotated_s4d.py.
+"""Make notebooks/annotated_s4d.ipynb, assets/*.png and assets/digits.npz.
 
-    python notebooks/build.py            execute if the code has changed, else only
-                                         bring the prose up to date
-    python notebooks/build.py --execute  execute in any case
+python notebooks/build.py            execute if the code has changed, else only
+                                     bring the prose up to date
+python notebooks/build.py --execute  execute in any case
 """
 
 import argparse
 import base64
 import io
+import json
 import re
 import sys
 import tempfile
@@ -36,38 +37,85 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+def drawing_cells(notebook):
+    """The code cells but those of the web page, which leave no output."""
+    cells = code_cells(notebook)
+    return [cell for cell in cells if "page" not in cell.metadata.get("tags", [])]
+
+
 def keep_outputs(notebook, old):
     """Take over the outputs of a notebook with the same code; False if it differs."""
-    pairs = list(zip(code_cells(notebook), code_cells(old)))
-    same = len(code_cells(notebook)) == len(code_cells(old))
-    if not same or any(new.source != was.source for new, was in pairs):
+    ours, theirs = drawing_cells(notebook), drawing_cells(old)
+    if [cell.source for cell in ours] != [cell.source for cell in theirs]:
         return False
-    for new, was in pairs:
-        new.outputs, new.execution_count = was.outputs, was.execution_count
+    for new, was in zip(ours, theirs):
+        new.outputs = was.outputs
+    for number, cell in enumerate(code_cells(notebook), 1):
+        cell.execution_count = number
     return True
 
 
+# What the web page shows without computing: each figure as HTML, and the trained model.
+RECORD = """
+import json
+with matplotlib.rc_context(LOOK):
+    drawn = {name: drawing(draw(), caption(draw)) for name, draw in FIGURES.items()}
+save_parameters("digits.npz", *trained()[:2])
+print(json.dumps(drawn | {"explorer data": explorer_data()}))
+"""
+
+
 def execute(notebook):
-    """Run every cell in an empty folder, with a line for each on the way."""
-    total = len(code_cells(notebook))
+    """Run every cell in an empty folder; record what the page needs.
 
-    def tell(cell, cell_index):
-        done = sum(c.cell_type == "code" for c in notebook.cells[: cell_index + 1])
-        print(f"\rcell {done} of {total}", end="", file=sys.stderr, flush=True)
-
+    Returns the bytes of the trained model.
+    """
+    total, done = len(code_cells(notebook)), 0
     with tempfile.TemporaryDirectory() as empty:
         resources = {"metadata": {"path": empty}}
-        NotebookClient(notebook, timeout=None, record_timing=False, resources=resources,
-                       on_cell_execute=tell).execute()
+        client = NotebookClient(
+            notebook, timeout=None, record_timing=False, resources=resources
+        )
+        with client.setup_kernel():
+            for index, cell in enumerate(notebook.cells):
+                client.execute_cell(cell, index)
+                done += cell.cell_type == "code"
+                print(f"\rcell {done} of {total}", end="", file=sys.stderr, flush=True)
+            notebook.cells.append(nbformat.v4.new_code_cell(RECORD))
+            client.execute_cell(notebook.cells[-1], len(notebook.cells) - 1)
+        model = (Path(empty) / "digits.npz").read_bytes()
     print(file=sys.stderr)
+    extra = notebook.cells.pop()
+    record(notebook, json.loads("".join(output["text"] for output in extra.outputs)))
+    return model
+
+
+def record(notebook, drawn):
+    """Put each figure as HTML beside its PNG, where the page will look for it."""
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            if "image/png" in output.get("data", {}):
+                name = figure_name(cell)
+                output.data["application/x-annotated-drawing"] = drawn[name]
+                if name == "explorer":
+                    data = json.dumps(drawn["explorer data"])
+                    output.data["application/x-annotated-data"] = data
+
+
+def figure_name(cell):
+    """The name of the figure that a cell defines; None if it defines none."""
+    name = re.search(r"^@figure.*?^def (\w+)", cell.source, re.M | re.S)
+    return name and name[1]
 
 
 def figure_of(cell):
     """The name of the figure that a cell defines, and its PNG; or None."""
-    name = re.search(r"^@figure.*?^def (\w+)", cell.source, re.M | re.S)
-    images = [o.data["image/png"] for o in cell.get("outputs", [])
-              if "image/png" in o.get("data", {})]
-    return (name[1], base64.b64decode(images[0])) if name and images else None
+    images = [
+        output.data["image/png"]
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    return (figure_name(cell), base64.b64decode(images[0])) if images else None
 
 
 def save_assets(notebook):
@@ -87,10 +135,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--execute", action="store_true", help="execute in any case")
     force, notebook = parser.parse_args().execute, fresh_notebook()
-    old = nbformat.read(NOTEBOOK, 4) if NOTEBOOK.exists() else nbformat.v4.new_notebook()
+    old = (
+        nbformat.read(NOTEBOOK, 4) if NOTEBOOK.exists() else nbformat.v4.new_notebook()
+    )
     if force or not keep_outputs(notebook, old):
-        execute(notebook)
+        model = execute(notebook)
         save_assets(notebook)
+        (ROOT / "assets" / "digits.npz").write_bytes(model)
     nbformat.write(notebook, NOTEBOOK)
     print(f"{NOTEBOOK.relative_to(ROOT)} is up to date")
 

@@ -1,13 +1,24 @@
 """Put the article on the path, and offer both precisions to the tests."""
 
+import os
 import sys
 from pathlib import Path
+
+# Most of a test is compilation, and no test measures speed: let LLVM not optimize. One
+# thread each for BLAS, the workers are as many as the cores. Set before JAX and NumPy
+# are imported, and only where the caller's environment says nothing else.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+import annotated_s4d as s4d  # noqa: E402
+
+s4d.keep_memory()  # arrays of 65,536 steps come and go by the hundred
 
 
 @pytest.fixture(params=[False, True], ids=["float32", "float64"])

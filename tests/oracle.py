@@ -21,15 +21,14 @@ def run(A, B, C, dt, u, method="zoh", x0=None):
     A, B, C (..., N/2), dt (...), u (..., L) of the same leading axes.
     """
     A_bar, B_bar = discretize(A, B, dt, method)
-    u, shape = np.asarray(u, complex), A_bar.shape
+    u, C, shape = np.asarray(u, complex), np.asarray(C, complex), A_bar.shape
     x0 = np.zeros(shape, complex) if x0 is None else np.asarray(x0, complex)
-    x = np.empty((*u.shape, shape[-1]), complex)
+    x, y = np.empty((*shape, u.shape[-1]), complex), np.zeros(u.shape)
     for i in np.ndindex(shape):
         a, b = A_bar[i], B_bar[i]
-        x[(*i[:-1], slice(None), i[-1])], _ = lfilter(
-            [b], [1, -a], u[i[:-1]], zi=[a * x0[i]]
-        )
-    return x, 2 * np.einsum("...ln,...n->...l", x, np.asarray(C, complex)).real
+        x[i], _ = lfilter([b], [1, -a], u[i[:-1]], zi=[a * x0[i]])
+        y[i[:-1]] += 2 * (C[i] * x[i]).real
+    return x.swapaxes(-1, -2), y
 
 
 def kernel(A, B, C, dt, L, method="zoh"):

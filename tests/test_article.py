@@ -22,12 +22,17 @@ ARTICLE = jupytext.reads(TEXT, "py:percent")
 CODE = [cell.source for cell in ARTICLE.cells if cell.cell_type == "code"]
 PROSE = [cell.source for cell in ARTICLE.cells if cell.cell_type == "markdown"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TRAINED = {"hero", "learning_curve", "predictions"}  # draw what the training left
+READ = [  # the code cells of the article itself, without those of its web page
+    cell.source
+    for cell in ARTICLE.cells
+    if cell.cell_type == "code" and "page" not in cell.metadata.get("tags", [])
+]
+SLOW = {"cost_against_length"}  # stops the time, and compiles much for that
 
 
 @pytest.fixture(scope="module")
 def rehearsal():
-    """Every code cell, run as a script runs it, with a training of one epoch."""
+    """Every code cell, run as a script runs it, with a training of ten steps."""
     namespace = {"__name__": "__main__", "__file__": str(ROOT / "annotated_s4d.py")}
     drawn = {}
     for number, source in enumerate(CODE):
@@ -43,10 +48,15 @@ def rehearsal():
         if "def best_time(" in source:
             namespace["best_time"] = lambda *args, **options: 1.0  # speed is not tested
         if "def train(" in source:
-            train = namespace["train"]
-            namespace["train"] = lambda *a, train=train, **k: train(
-                *a, **k | {"epochs": 1}
-            )
+
+            def train(model, data, validation, train=namespace["train"], **options):
+                data, validation = (
+                    [part[:n] for part in pair]
+                    for pair, n in ((data, 320), (validation, 32))
+                )
+                return train(model, data, validation, **options | {"epochs": 1})
+
+            namespace["train"] = train
     return namespace, drawn
 
 
@@ -64,10 +74,10 @@ def extremes(draw):
             yield {name: value}
 
 
-@pytest.mark.parametrize("name", sorted(set(s4d.FIGURES) - TRAINED))
+@pytest.mark.parametrize("name", sorted(set(s4d.FIGURES) - SLOW))
 def test_every_knob_changes_its_figure(name):
     draw = s4d.FIGURES[name]
-    assert set(draw.knobs) == set(inspect.signature(draw).parameters)
+    assert set(draw.knobs) <= set(inspect.signature(draw).parameters)
     if not draw.knobs:
         return
     default = s4d.picture(draw)
@@ -84,7 +94,7 @@ def test_captions_say_something():
 
 
 def test_a_knob_without_argument_is_refused():
-    with pytest.raises(TypeError, match="must be both knobs and arguments"):
+    with pytest.raises(TypeError, match="are no arguments"):
         s4d.figure(size=(1, 2))(lambda width=1: None)
 
 
@@ -173,7 +183,7 @@ def test_public_names():
 def test_cells_are_short():
     """One idea a cell; the measures of a page that is read."""
     lines = sorted(
-        len([x for x in source.splitlines() if x.strip()]) for source in CODE
+        len([x for x in source.splitlines() if x.strip()]) for source in READ
     )
     assert lines[len(lines) // 2] <= 14
     assert lines[int(0.9 * len(lines))] <= 25

@@ -1,0 +1,179 @@
+"""The web page: complete, correct inside, and in need of nothing outside."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = (
+    "annotated_s4d.py",
+    "notebooks/annotated_s4d.ipynb",
+    "notebooks/build.py",
+    "notebooks/page.py",
+)
+VOID = {"meta", "link", "input", "img", "br", "hr"}
+
+
+def start(root, seed="0"):
+    """Start the command in a copy of the files that the page is made of."""
+    command, env = [sys.executable, "notebooks/page.py"], {"PYTHONHASHSEED": seed}
+    return subprocess.Popen(
+        command, cwd=root, stderr=subprocess.PIPE, text=True, env=os.environ | env
+    )
+
+
+def copy(root):
+    (root / "notebooks").mkdir()
+    for name in FILES:
+        shutil.copy(ROOT / name, root / name)
+    return root
+
+
+class Page(HTMLParser):
+    """What a page holds: its tags with their attributes, and its text by place."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.prose, self.headings = [], [], "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag in ("h1", "h2", "h3"):
+            self.headings.append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not {"code", "pre", "style"} & set(self.open):
+            self.prose += data
+        if {"h1", "h2", "h3"} & set(self.open) and data != "#":
+            self.headings[-1] += data
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory):
+    """The page of the repository's notebook, built two times at once."""
+    roots = [copy(tmp_path_factory.mktemp("page")) for _ in range(2)]
+    for run in [start(root, str(seed)) for seed, root in enumerate(roots)]:
+        _, complaint = run.communicate()
+        assert run.returncode == 0, complaint
+    return [(root / "notebooks/annotated_s4d.html").read_bytes() for root in roots]
+
+
+@pytest.fixture(scope="module")
+def made(twice):
+    text = twice[0].decode()
+    return text, Page(text)
+
+
+@pytest.fixture(scope="module")
+def prose():
+    """The Markdown of the notebook, without its code."""
+    notebook = nbformat.read(ROOT / "notebooks/annotated_s4d.ipynb", 4)
+    cells = [c.source for c in notebook.cells if c.cell_type == "markdown"]
+    return re.sub(r"`[^`]*`", "", "\n\n".join(cells))
+
+
+def test_page_asks_no_host_and_runs_no_script(made):
+    text, page = made
+    assert page.open == []  # every tag is closed, in order
+    assert "script" not in {tag for tag, _ in page.tags}
+    for tag, attrs in page.tags:
+        assert not [name for name in attrs if name.startswith("on")]
+        assert "srcset" not in attrs and attrs.get("src", "data:").startswith("data:")
+        if tag in ("link", "use", "image"):
+            assert attrs["href"].startswith("data:")
+    css = re.search("<style>(.*?)</style>", text, re.S)[1]
+    assert "url(" not in css and "@import" not in css
+
+
+def test_pictures_have_words_and_size(made):
+    images = [attrs for tag, attrs in made[1].tags if tag == "img"]
+    notebook = nbformat.read(ROOT / "notebooks/annotated_s4d.ipynb", 4)
+    drawn = re.findall(r"image/png': '", str(notebook))
+    assert len(images) == len(drawn) > 0
+    for attrs in images:
+        assert attrs["alt"] and int(attrs["width"]) and int(attrs["height"])
+    figures, captions = (
+        sum(tag == name for tag, _ in made[1].tags) for name in ("figure", "figcaption")
+    )
+    assert figures == captions == len(images)
+
+
+def test_links_inside_the_page_arrive(made):
+    ids = [attrs["id"] for _, attrs in made[1].tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    links = [attrs.get("href", "") for tag, attrs in made[1].tags if tag == "a"]
+    inside = {link[1:] for link in links if link.startswith("#")}
+    assert inside and inside <= set(ids)
+
+
+def test_every_heading_is_there(made, prose):
+    wanted = re.findall(r"^#{1,3} (.+)$", prose, re.M)
+    assert made[1].headings == wanted
+
+
+def test_every_formula_is_set(made, prose):
+    displayed = re.compile(r"^\$\$\n.*?\n\$\$$", re.M | re.S)
+    inline = re.findall(r"\$[^$]+\$", displayed.sub("", prose))
+    shown = [attrs["display"] for tag, attrs in made[1].tags if tag == "math"]
+    assert shown.count("block") == len(displayed.findall(prose)) > 0
+    assert shown.count("inline") == len(inline) > 0
+    assert "$" not in made[1].prose and "\\" not in made[1].prose
+
+
+def edit(path, old, new):
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "spoil, complaint",
+    [
+        (lambda notebook, source: notebook.unlink(), "is missing; run: python"),
+        (
+            lambda notebook, source: edit(
+                notebook, '"execution_count": 1,', '"execution_count": null,'
+            ),
+            "was not executed; run: python",
+        ),
+        (
+            lambda notebook, source: edit(source, "A mass hangs", "A bell hangs"),
+            "is not made of this annotated_s4d.py; run: python",
+        ),
+        (
+            lambda notebook, source: [
+                edit(source, r"# h(t) = C\,", r"# h(t) = C\foo"),
+                edit(notebook, r"h(t) = C\\,", r"h(t) = C\\foo"),
+            ],
+            r"cannot set the formula",
+        ),
+    ],
+)
+def test_it_refuses_in_one_sentence(tmp_path, spoil, complaint):
+    copy(tmp_path)
+    spoil(tmp_path / "notebooks/annotated_s4d.ipynb", tmp_path / "annotated_s4d.py")
+    run = start(tmp_path)
+    _, told = run.communicate()
+    assert run.returncode == 1 and complaint in told
+    assert len(told.splitlines()) == 1
+    assert not (tmp_path / "notebooks/annotated_s4d.html").exists()
+
+
+def test_the_same_bytes_twice(twice):
+    assert twice[0] == twice[1]
