@@ -3219,6 +3219,8 @@ def code_html(source):
     first = next((x for x in source.splitlines() if x.strip() and x[0] not in "@#"), "")
     title = html.escape(", ".join(names) or first)
     code = pygments.highlight(source, PythonLexer(), HtmlFormatter(nowrap=True))
+    plain = r'<span class="(?:[nopw]|nn|nb|bp|w|fm|sa|si)">([^<]*)</span>'
+    code = re.sub(plain, r"\1", code)  # most words have no colour, and a browser less work
     return (
         f'<details class="code"><summary>{title}</summary>'
         f'<button title="copy this cell">copy</button><pre><code>{code}</code></pre>'
@@ -3234,14 +3236,17 @@ def read_page(file, notebook):
     outputs = iter(read_outputs(sources, notebook))
     for kind, marks, source in cells:
         if kind == "prose":
-            items.append({"prose": source})
             headings += re.findall(r"^(##+) (.*)", source, re.M)
+            if items and "prose" in items[-1]:
+                items[-1]["prose"] += "\n\n" + source
+            else:
+                items.append({"prose": source})
             continue
         page = "page" in marks
         printed, drawn, data = ("", "", "") if page else next(outputs)
         below = f'<pre class="printed">{html.escape(printed)}</pre>' if printed else ""
         items.append({
-            "code": code_html(source), "printed": below, "fold": page or "hide" in marks,
+            "code": source, "printed": below, "fold": page or "hide" in marks,
             "figures": list(read_figures(source)), "drawn": drawn, "data": data})
     return items, headings
 
@@ -3420,16 +3425,16 @@ def play(studio, figure, recorded):
         with column:
             label = k.replace("_", " ")
             values[k] = knob(f"{name}.{k}", label, knobs[k], default[k])
+    below = f"<figcaption>{html.escape(caption)}</figcaption>"
     if values == default and recorded:
-        st.html(recorded)
+        st.html(f"<figure>{recorded}{below}</figure>")
+        return
+    promise = studio.promise(name, values)
+    wait([promise], timeout=0.4)
+    if promise.done():
+        st.html(f"<figure>{promise.result()}{below}</figure>")
     else:
-        promise = studio.promise(name, values)
-        wait([promise], timeout=0.4)
-        if promise.done():
-            st.html(promise.result())
-        else:
-            st.fragment(look_again, run_every=0.5)(promise)
-    st.caption(caption)
+        st.fragment(look_again, run_every=0.5)(promise)
 
 
 def explore(studio, figure, data):
@@ -3444,7 +3449,7 @@ def explore(studio, figure, data):
     if poles:
         rows = (",".join(f"{v:g}" for v in row) for row in poles)
         st.query_params["explorer.poles"] = ";".join(rows)
-    st.caption(figure[1])
+    st.html(f"<figure><figcaption>{html.escape(figure[1])}</figcaption></figure>")
 
 
 def look_again(promise):
@@ -3487,6 +3492,7 @@ def page():
     edition = [path.stat().st_mtime_ns for path in (file, notebook) if path.exists()]
     share = st.cache_resource(max_entries=1, show_spinner=False)
     items, headings = share(lambda edition: read_page(file, notebook))(edition)
+    colour = st.cache_data(max_entries=400, show_spinner=False)(code_html)
     studio = share(lambda edition: Studio(file))(edition)
     training = share(lambda edition: Training(studio))(edition)
 
@@ -3500,11 +3506,13 @@ def page():
         st.session_state.notices = mend_address(figures)
     for notice in st.session_state.notices:
         st.warning(notice)
-    for item in items:
+    for number, item in enumerate(items):
+        if number == 6:
+            time.sleep(0.15)  # the browser shows the first screen before the rest comes
         if "prose" in item:
             st.markdown(item["prose"])
             continue
-        code = item["code"]
+        code = colour(item["code"])
         if unfolded and not item["fold"]:
             code = code.replace("<details", "<details open", 1)
         st.html(code + item["printed"])
@@ -3538,6 +3546,8 @@ def contents(headings):
 CSS = """
 .stMainBlockContainer { max-width: 47rem; padding-top: 3rem; }
 .stMarkdown p, .stMarkdown li { line-height: 1.65; }
+.stMain .stElementContainer { content-visibility: auto;
+  contain-intrinsic-size: auto 300px; }
 .stMarkdown h1 { font-size: 2.6rem; }
 .stMarkdown h2 { font-size: 1.75rem; margin-top: 2.5rem; }
 .stMarkdown h3 { font-size: 1.25rem; margin-top: 1rem; }
@@ -3561,11 +3571,13 @@ nav a:hover, nav a.here { color: #2f86d6; }
 .code:hover button, .code button:focus { opacity: 0.9; }
 .printed { background: none; border-left: 3px solid #2f9e6e88; opacity: 0.85; }
 .code .k, .code .kn, .code .kc, .code .ow { color: light-dark(#8a3fb0, #c99af0); }
-.code .s1, .code .s2, .code .sa, .code .si { color: light-dark(#1f7a4d, #7fd0a5); }
+.code .s1, .code .s2 { color: light-dark(#1f7a4d, #7fd0a5); }
 .code .sd, .code .c1 { color: light-dark(#6a6f76, #9aa0a8); font-style: italic; }
-.code .nf, .code .nc, .code .nd, .code .fm { color: light-dark(#1d6fb8, #7db8ef); }
-.code .mi, .code .mf, .code .bp { color: light-dark(#b3541e, #eda36f); }
+.code .nf, .code .nc, .code .nd { color: light-dark(#1d6fb8, #7db8ef); }
+.code .mi, .code .mf { color: light-dark(#b3541e, #eda36f); }
 
+figure { margin: 0; }
+figcaption { margin-top: 0.6rem; font-size: 0.875rem; line-height: 1.5; opacity: 0.7; }
 .drawing { width: 100%; font-size: 12.5px; line-height: 1.2; }
 .drawing .row { display: grid; grid-template-columns: var(--columns); gap: 0.9rem; }
 .panel { display: grid; grid-template-columns: auto auto minmax(0, 1fr);

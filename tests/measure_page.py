@@ -27,7 +27,7 @@ from test_page import CAPTIONS, CHROMIUM, FLAGS, LIVE, SLOW, serve  # noqa: E402
 HEADINGS = "document.querySelectorAll('.stMarkdown h2').length > 10"
 EVERYTHING = f"""document.querySelectorAll(".drawing").length >= {len(CAPTIONS) - 1}
     && document.querySelectorAll(".katex").length > 250
-    && [...document.querySelectorAll("*")].some(
+    && [...document.querySelectorAll(".st-key-explorer *")].some(
         e => e.shadowRoot?.querySelector(".explorer")?.kernel)"""
 PICTURE = """([alt, old]) => [...document.querySelectorAll(".drawing")].some(
     e => e.getAttribute("aria-label") == alt && e.innerHTML != old)"""
@@ -35,7 +35,7 @@ NO_ERROR = "document.querySelectorAll('[data-testid=stException]').length == 0"
 
 
 def until(tab, condition, **options):
-    tab.wait_for_function(condition, polling="raf", timeout=120_000, **options)
+    tab.wait_for_function(condition, polling=30, timeout=120_000, **options)
 
 
 def visit(browser, address):
