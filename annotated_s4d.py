@@ -3140,6 +3140,7 @@ def explorer_data():
 
 # %% tags=["page"]
 import ast
+import gc
 import html  # noqa: F811
 import importlib
 import json
@@ -3280,6 +3281,9 @@ class Studio:
                 sys.modules.pop(self.file.stem, None)
                 self.module = importlib.import_module(self.file.stem)
                 sys.modules["matplotlib"].rcParams.update(self.module.LOOK)
+                # Streamlit collects garbage after every move of a knob. What is here
+                # to stay, JAX above all, need not be looked through each time.
+                gc.freeze()
         return self.module
 
     def promise(self, name, values):
@@ -3348,19 +3352,95 @@ class Training:
 # %% [markdown]
 # ### Knobs
 #
-# A knob is a list of choices or a range, and becomes a widget of Streamlit. Its value
-# stands in the page's address, so that a view can be sent to someone. An address that
-# asks for what no knob can give gets the default, and a notice.
+# A knob is a list of choices or a range. Streamlit has sliders, which wait a fifth of a
+# second before they tell what has been done to them. Ours tell at once, and while Python
+# draws they keep only the latest news, so that a figure follows the hand.
 
 # %% tags=["page"]
-def knob(key, label, span, default):
-    """Show the widget of a knob. Returns its value."""
-    bound = {"key": key, "bind": "query-params"}
+KNOBS_CSS = """
+.knobs { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr));
+  gap: 4px 28px; font: 13px/1.5 var(--st-font, sans-serif);
+  color: var(--st-text-color, #31333f); }
+label { display: flex; flex-wrap: wrap; justify-content: space-between; }
+input { width: 100%; margin: 4px 0 8px; accent-color: #2f86d6; }
+"""
+
+KNOBS_JS = """
+function row({ name, label, low, high, step, value, choices }, changed) {
+  const row = document.createElement("label");
+  row.innerHTML = `<span>${label}</span><output></output>
+    <input type="range" name="${name}" min="${low}" max="${high}" step="${step}">`;
+  const input = row.querySelector("input");
+  const show = () => {
+    row.querySelector("output").textContent = choices?.[input.value] ?? input.value;
+  };
+  input.value = value;
+  input.oninput = () => { show(); changed(); };
+  show();
+  return row;
+}
+
+export default function knobs({ parentElement, data, setStateValue }) {
+  const box = parentElement.querySelector(".knobs");
+  box.tell = () => {
+    if (box.waiting) { box.news = true; return; }
+    const values = [...box.querySelectorAll("input")].map((i) => [i.name, +i.value]);
+    Object.assign(box, { waiting: true, news: false });
+    setStateValue("turned", Object.fromEntries(values));
+  };
+  if (!box.childElementCount)
+    box.append(...data.knobs.map((knob) => row(knob, () => box.tell())));
+  box.waiting = false; // Python has answered
+  if (box.news) box.tell();
+}
+"""
+
+
+# %% [markdown]
+# Their values stand in the page's address, so that a view can be sent to someone. An
+# address that asks for what no knob can give gets the default, and a notice.
+
+# %% tags=["page"]
+def turn(figure):
+    """Show the knobs of a figure. Returns their values."""
+    name, _, knobs, default = figure
+    first, rows = st.session_state.setdefault(f"{name} at first", {}), []
+    for k, span in knobs.items():
+        asked = st.query_params.get(f"{name}.{k}", str(default[k]))
+        value = first.setdefault(k, read_value(asked, span))
+        row = {"name": k, "label": k.replace("_", " ")}
+        if isinstance(span, list):
+            place = {"low": 0, "high": len(span) - 1, "step": 1, "choices": span}
+            rows.append(row | place | {"value": span.index(value)})
+        else:
+            fine = 10 ** math.floor(math.log10((span[1] - span[0]) / 25))
+            step = 1 if isinstance(span[0], int) else float(f"{fine:.0e}")
+            place = {"low": span[0], "high": span[1], "step": step, "value": value}
+            rows.append(row | place)
+    told = st.session_state.get(name, {}).get("turned")
+    parts = {"html": '<div class="knobs"></div>', "css": KNOBS_CSS, "js": KNOBS_JS}
+    mount = st.components.v2.component("knobs", **parts)
+    data = {"knobs": rows, "heard": told}
+    told = mount(key=name, data=data, on_turned_change=lambda: None).turned
+    values = dict(first)
+    for k, span in knobs.items() if told else ():
+        value = span[told[k]] if isinstance(span, list) else type(span[0])(told[k])
+        if fits(str(value), span):
+            values[k] = value
+    for k, value in values.items():
+        key = f"{name}.{k}"
+        if value != default[k]:
+            st.query_params[key] = str(value)
+        elif key in st.query_params:
+            del st.query_params[key]
+    return values
+
+
+def read_value(text, span):
+    """The value of a knob that a text from the address means."""
     if isinstance(span, list):
-        return st.select_slider(label, span, default, **bound)
-    fine = 10 ** math.floor(math.log10((span[1] - span[0]) / 25))
-    step = 1 if isinstance(default, int) else float(f"{fine:.0e}")
-    return st.slider(label, *span, default, step, **bound)
+        return next(value for value in span if str(value) == text)
+    return type(span[0])(text)
 
 
 def fits(text, span):
@@ -3368,10 +3448,9 @@ def fits(text, span):
     if isinstance(span, list):
         return text in map(str, span)
     try:
-        number = type(span[0])(text)
+        return span[0] <= read_value(text, span) <= span[1]
     except ValueError:
         return False
-    return span[0] <= number <= span[1]
 
 
 def mend_address(figures):
@@ -3389,7 +3468,6 @@ def mend_address(figures):
             key = f"{name}.{k}"
             if key in asked and not fits(asked[key], span):
                 del st.query_params[key]
-                st.session_state[key] = default[k]
                 low_high = f"{span[0]} to {span[-1]}"
                 choices = ", ".join(map(str, span)) if isinstance(span, list) else low_high
                 notices.append(
@@ -3420,11 +3498,7 @@ def read_poles(text):
 def play(studio, figure, recorded):
     """Show a figure under its knobs."""
     name, caption, knobs, default = figure
-    values = {}
-    for column, k in zip(st.columns(len(knobs)) if knobs else (), knobs):
-        with column:
-            label = k.replace("_", " ")
-            values[k] = knob(f"{name}.{k}", label, knobs[k], default[k])
+    values = turn(figure) if knobs else {}
     below = f"<figcaption>{html.escape(caption)}</figcaption>"
     if values == default and recorded:
         st.html(f"<figure>{recorded}{below}</figure>")
@@ -3605,7 +3679,8 @@ figcaption { margin-top: 0.6rem; font-size: 0.875rem; line-height: 1.5; opacity:
   .panel .plot[style^=aspect] { width: 100%; max-width: 14rem; margin: auto; }
 }
 @media print {
-  .stSidebar, .stAppHeader, .stSlider, .stButton, .code button { display: none; }
+  .stSidebar, .stAppHeader, .code button { display: none; }
+  [class*="st-key-"]:not(.st-key-explorer) { display: none; }
   .code { break-inside: avoid; }
 }
 """

@@ -29,8 +29,6 @@ EVERYTHING = f"""document.querySelectorAll(".drawing").length >= {len(CAPTIONS) 
     && document.querySelectorAll(".katex").length > 250
     && [...document.querySelectorAll(".st-key-explorer *")].some(
         e => e.shadowRoot?.querySelector(".explorer")?.kernel)"""
-PICTURE = """([alt, old]) => [...document.querySelectorAll(".drawing")].some(
-    e => e.getAttribute("aria-label") == alt && e.innerHTML != old)"""
 NO_ERROR = "document.querySelectorAll('[data-testid=stException]').length == 0"
 
 
@@ -50,17 +48,25 @@ def visit(browser, address):
 
 
 def move(tab, name, knob, right):
-    """Seconds from a key press on a knob to another picture; at its end it turns."""
-    picture = tab.get_by_role("img", name=CAPTIONS[name], exact=True)
-    old = picture.inner_html()
-    slider = tab.locator(f".st-key-{name}-{knob} input")
-    slider.focus()
-    low, high, now = slider.evaluate("e => [e.min, e.max, e.value].map(Number)")
-    right = now == low or (right and now != high)
-    start = time.perf_counter()
-    tab.keyboard.press("ArrowRight" if right else "ArrowLeft")
-    until(tab, PICTURE, arg=[CAPTIONS[name], old])
-    return time.perf_counter() - start
+    """Seconds from a step of a knob to another picture; at its end the knob turns."""
+    slider = tab.locator(f".st-key-{name} input[name={knob}]")
+    return slider.evaluate(
+        """(input, [alt, right]) => new Promise((done) => {
+          const [low, high, now] = [input.min, input.max, input.value].map(Number);
+          const picture = () => [...document.querySelectorAll(".drawing")].find(
+            (e) => e.getAttribute("aria-label") == alt)?.innerHTML;
+          const old = picture(), start = performance.now();
+          const observer = new MutationObserver(() => {
+            if ([old, undefined].includes(picture())) return;
+            observer.disconnect();
+            requestAnimationFrame(() => done((performance.now() - start) / 1e3));
+          });
+          observer.observe(document.body, { childList: true, subtree: true });
+          (now == low || (right && now != high)) ? input.stepUp() : input.stepDown();
+          input.dispatchEvent(new Event("input"));
+        })""",
+        [CAPTIONS[name], right],
+    )
 
 
 def moves(tab, count, right=True):
