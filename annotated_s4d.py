@@ -77,7 +77,7 @@ if RUN and "streamlit" in sys.modules and sys.modules["streamlit"].runtime.exist
     # come without the rest, so that the words need not wait for JAX to be imported.
     text = Path(__file__).read_text(encoding="utf-8")
     for cell in re.finditer(PAGE_CELLS, text):
-        above = "\n" * text.count("\n", 0, cell.start(1))  # the lines keep their numbers
+        above = "\n" * text.count("\n", 0, cell.start(1))  # lines keep their numbers
         exec(compile(above + cell[1], __file__, "exec"))
     page()  # noqa: F821
     sys.modules["streamlit"].stop()
@@ -2592,8 +2592,19 @@ def nudged(images, rng):
 
 
 # %% [markdown]
-# Around the step: a progress bar where there is a terminal, a line now and then in any
-# case, and a stop if the loss is not a number.
+# Training takes a minute, so it shows how far it is, where there is a terminal.
+
+# %%
+def progress(feed, steps):
+    """Pass on each batch, with a bar on a terminal."""
+    terminal = rich.console.Console(stderr=True)
+    return rich.progress.track(
+        feed, "training", steps, console=terminal, transient=True,
+        disable=not terminal.is_terminal)
+
+
+# %% [markdown]
+# Around the step: a line now and then, and a stop if the loss is not a number.
 
 # %%
 def train(model, data, validation, *, epochs=40, batch_size=32, seed=0, augment=None,
@@ -2627,14 +2638,6 @@ def train(model, data, validation, *, epochs=40, batch_size=32, seed=0, augment=
                 line = "step {:5d}   loss {:.3f}   validation {:.3f}, {:.1%}"
                 print(line.format(*history[-1]))
     return history
-
-
-def progress(feed, steps):
-    """Pass on each batch, with a bar on a terminal."""
-    terminal = rich.console.Console(stderr=True)
-    return rich.progress.track(
-        feed, "training", steps, console=terminal, transient=True,
-        disable=not terminal.is_terminal)
 
 
 # %% [markdown]
@@ -2741,7 +2744,8 @@ if RUN:
     size = sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
     print(f"{size:,} parameters, {seconds:.0f} seconds, test accuracy {accuracy:.2%}")
     if "__file__" in globals():  # a script leaves the model beside its pictures
-        save_parameters(Path(__file__).with_name("assets") / "digits.npz", model, history)
+        saved = Path(__file__).with_name("assets") / "digits.npz"
+        save_parameters(saved, model, history)
 
 
 # %% [markdown]
@@ -3022,9 +3026,9 @@ def panel(ax, height):
     width, depth = np.ptp(ax.get_xlim()), np.ptp(ax.get_ylim())
     free = ax.get_aspect() == "auto"
     shape = f"height: {height:.0f}px" if free else f"aspect-ratio: {width / depth:.3f}"
-    named = [line for line in ax.lines if ax.get_legend() and line.get_label()[0] != "_"]
-    names = [f'<i style="background: {tone(v)}"></i>{plain(v.get_label())}' for v in named]
-    legend = "".join(f"<span>{name}</span>" for name in names)
+    named = [v for v in ax.lines if ax.get_legend() and v.get_label()[0] != "_"]
+    swatch = '<span><i style="background: {}"></i>{}</span>'.format
+    legend = "".join(swatch(tone(v), plain(v.get_label())) for v in named)
     return f"""<div class="panel">
         <div class="title" style="color: {tone(ax.title)}">{plain(ax.get_title())}</div>
         <div class="legend">{legend}</div>
@@ -3083,6 +3087,10 @@ def curve(line):
     return out
 
 
+# %% [markdown]
+# Images, colours and labels go the same way.
+
+# %%
 def pixels(image):
     """An array that is shown as a picture: one pixel for each number."""
     png, array = io.BytesIO(), image.get_array()
@@ -3098,7 +3106,8 @@ def tone(artist):
 
 def plain(text):
     """Matplotlib's little mathematics as HTML: $K_l$ is an italic K with a small l."""
-    for name, sign in {"mathdefault": "", "Re": "Re ", "Im": "Im ", "Delta": "Δ"}.items():
+    signs = {"mathdefault": "", "Re": "Re", "Im": "Im", "Delta": "Δ"}
+    for name, sign in signs.items():
         text = text.replace("\\" + name, sign)
     text = re.sub(r"\^\{?([-\d]+)\}?", r"<sup>\1</sup>", text)
     text = re.sub(r"_(\w)", r"<sub>\1</sub>", text)
@@ -3172,7 +3181,8 @@ def read_figures(source):
                 names = [a.arg for a in node.args.args]
                 values = dict(zip(names, map(ast.unparse, node.args.defaults)))
                 default = {k: ast.literal_eval(values[k]) for k in knobs}
-                yield node.name, " ".join(ast.get_docstring(node).split()), knobs, default
+                caption = " ".join(ast.get_docstring(node).split())
+                yield node.name, caption, knobs, default
 
 
 # %% [markdown]
@@ -3221,7 +3231,7 @@ def code_html(source):
     title = html.escape(", ".join(names) or first)
     code = pygments.highlight(source, PythonLexer(), HtmlFormatter(nowrap=True))
     plain = r'<span class="(?:[nopw]|nn|nb|bp|w|fm|sa|si)">([^<]*)</span>'
-    code = re.sub(plain, r"\1", code)  # most words have no colour, and a browser less work
+    code = re.sub(plain, r"\1", code)  # most words need no colour
     return (
         f'<details class="code"><summary>{title}</summary>'
         f'<button title="copy this cell">copy</button><pre><code>{code}</code></pre>'
@@ -3340,7 +3350,8 @@ class Training:
         except InterruptedError:
             self.outcome = "Stopped."
             return
-        seconds, (_, accuracy) = time.perf_counter() - since, article.evaluate(model, test)
+        _, accuracy = article.evaluate(model, test)
+        seconds = time.perf_counter() - since
         self.outcome = f"Test accuracy {accuracy:.2%} after {seconds:.0f} seconds."
 
     def curve(self):
@@ -3468,8 +3479,9 @@ def mend_address(figures):
             key = f"{name}.{k}"
             if key in asked and not fits(asked[key], span):
                 del st.query_params[key]
-                low_high = f"{span[0]} to {span[-1]}"
-                choices = ", ".join(map(str, span)) if isinstance(span, list) else low_high
+                choices = f"{span[0]} to {span[-1]}"
+                if isinstance(span, list):
+                    choices = ", ".join(map(str, span))
                 notices.append(
                     f"The address asks for {k} = {asked[key]} in the figure {name}; "
                     f"allowed: {choices}. It shows {default[k]}."
@@ -3515,7 +3527,8 @@ def explore(studio, figure, data):
     """Show the explorer. When the reader lets a pole go, the address follows."""
     data = json.loads(data) if data else studio.article().explorer_data()
     poles = read_poles(st.query_params.get("explorer.poles", ""))
-    data["poles"] = st.session_state.setdefault("poles at first", poles or data["poles"])
+    first = st.session_state.setdefault("poles at first", poles or data["poles"])
+    data["poles"] = first
     frame = EXPLORER_HTML.replace("CAPTION", html.escape(figure[1]))
     parts = {"html": frame, "css": EXPLORER_CSS, "js": EXPLORER_JS}
     mount = st.components.v2.component("explorer", **parts)
@@ -3658,7 +3671,8 @@ figcaption { margin-top: 0.6rem; font-size: 0.875rem; line-height: 1.5; opacity:
   align-content: start; }
 .panel .title { grid-column: 3; text-align: center; padding: 0.3rem 0; }
 .panel .legend { grid-column: 3; display: flex; flex-wrap: wrap; gap: 0.1rem 1rem; }
-.panel .legend i { display: inline-block; width: 1.1em; height: 3px; margin: 0 0.4em 3px 0; }
+.panel .legend i { display: inline-block; width: 1.1em; height: 3px;
+  margin: 0 0.4em 3px 0; }
 .panel .ylabel { grid-column: 1; align-self: center; margin-right: 5px; }
 .panel .ylabel span { writing-mode: vertical-rl; transform: rotate(180deg); }
 .panel .y { grid-column: 2; position: relative; }
@@ -3672,7 +3686,8 @@ figcaption { margin-top: 0.6rem; font-size: 0.875rem; line-height: 1.5; opacity:
   border-width: 0 0 1px 1px; }
 .panel img { position: absolute; width: 100%; height: 100%; }
 .panel .pixels { image-rendering: pixelated; }
-.drawing .label, .panel .x, .panel .y, .panel .ylabel { opacity: 0.75; text-align: center; }
+.drawing .label, .panel .x, .panel .y, .panel .ylabel {
+  opacity: 0.75; text-align: center; }
 .waiting { padding: 3rem; text-align: center; opacity: 0.7; }
 @media (max-width: 640px) {
   .drawing .row { grid-template-columns: repeat(var(--narrow), minmax(0, 1fr)); }

@@ -29,7 +29,6 @@ FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run
 CAPTIONS = {name: s4d.caption(draw) for name, draw in s4d.FIGURES.items()}
 LIVE = [(name, knob) for name, draw in s4d.FIGURES.items() for knob in draw.knobs]
 SLOW = {"cost_against_length"}  # stops the time; its move takes many seconds
-pytestmark = pytest.mark.xdist_group("page")  # one server and one browser for all
 
 
 def serve(folder):
@@ -573,7 +572,7 @@ def test_the_file_alone_makes_a_page(tmp_path, browser):
     try:
         tab = browser.new_page()
         tab.goto(address)
-        tab.get_by_role("img", name=CAPTIONS["one_mode"]).wait_for(timeout=90_000)
+        tab.locator(".drawing").first.wait_for(timeout=90_000)
         assert exceptions(tab) == []
         assert tab.locator("nav a").count() > 30
         tab.close()

@@ -98,7 +98,7 @@ def test_training_learns_and_reports(capsys):
     model, data = tiny()
     history = s4d.train(model, data, data, epochs=20, batch_size=16, lr=1e-2)
     steps, losses, validation, accuracy = zip(*history)
-    assert len(history) == 10 and steps[-1] == 80
+    assert len(history) == 20 and steps[-1] == 80
     assert validation[-1] < 0.5 * validation[0] and accuracy[-1] > 0.9
     assert (validation[-1], accuracy[-1]) == s4d.evaluate(model, data)
     assert capsys.readouterr().out.count("validation") == 10
