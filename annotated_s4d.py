@@ -3297,13 +3297,13 @@ class Studio:
         return self.module
 
     def promise(self, name, values):
-        """A future of a figure as HTML. The last 400 are kept."""
+        """A future of a figure as HTML. The last 150 are kept."""
         key = name, *values.items()
         with self.asking:
             if key not in self.drawings:
                 self.drawings[key] = Future()
                 start(self.draw, name, values, self.drawings[key])
-            for old in list(self.drawings)[:-400]:
+            for old in list(self.drawings)[:-150]:
                 del self.drawings[old]
             return self.drawings[key]
 
@@ -3588,14 +3588,15 @@ def page():
     with st.sidebar:
         st.html(contents(headings))
         unfolded = st.toggle("show code", True, key="code", bind="query-params")
-    if "notices" not in st.session_state:
+    first = "notices" not in st.session_state
+    if first:
         figures = [f for item in items for f in item.get("figures", ())]
         st.session_state.notices = mend_address(figures)
     for notice in st.session_state.notices:
         st.warning(notice)
     for number, item in enumerate(items):
-        if number == 6:
-            time.sleep(0.15)  # the browser shows the first screen before the rest comes
+        if first and number == 6:
+            time.sleep(0.4)  # the browser shows the first screen before the rest comes
         if "prose" in item:
             st.markdown(item["prose"])
             continue

@@ -13,6 +13,7 @@ import matplotlib
 import nbformat
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 import annotated_s4d as s4d
@@ -28,12 +29,14 @@ READ = [  # the code cells of the article itself, without those of its web page
     for cell in ARTICLE.cells
     if cell.cell_type == "code" and "page" not in cell.metadata.get("tags", [])
 ]
-SLOW = {"cost_against_length"}  # stops the time, and compiles much for that
+# Not moved here: the first stops the time and compiles much for that, the second asks
+# the trained model; tests/test_page.py moves it in the browser.
+SLOW = {"cost_against_length", "pixel_by_pixel"}
 
 
 @pytest.fixture(scope="module")
 def rehearsal():
-    """Every code cell, run as a script runs it, with a training of ten steps."""
+    """Every code cell, run as a script runs it; a small model trains for ten steps."""
     namespace = {"__name__": "__main__", "__file__": str(ROOT / "annotated_s4d.py")}
     drawn = {}
     for number, source in enumerate(CODE):
@@ -50,6 +53,11 @@ def rehearsal():
             namespace["save_parameters"] = lambda *_: None  # the assets stay
         if "def best_time(" in source:
             namespace["best_time"] = lambda *args, **options: 1.0  # speed is not tested
+        if "def digit_model(" in source:
+            model = namespace["S4DModel"]
+            namespace["digit_model"] = lambda seed=0, model=model: model(
+                1, 10, 8, 8, 1, dropout=0.1, rngs=nnx.Rngs(seed)
+            )
         if "def train(" in source:
 
             def train(model, data, validation, train=namespace["train"], **options):

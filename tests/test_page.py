@@ -237,43 +237,6 @@ def test_dark_is_dark(phone, desk):
     assert values[0] < 150 and values[1] > 700
 
 
-def planted(element):
-    """JavaScript that adds an element to the page."""
-    return f"document.body.insertAdjacentHTML('beforeend', `{element}`)"
-
-
-FAULTS = {  # what to plant into the page, so that a check must find it
-    exceptions: planted("<div data-testid=stException>oh</div>"),
-    console_errors: "console.error('oh')",
-    outside_requests: "fetch('http://192.0.2.1/x').catch(() => 0); 0",
-    formulas_refused: planted("<span class=katex-error>oh</span>"),
-    formulas_in_red: planted(
-        "<span class=katex><span style='color: rgb(204, 0, 0)'>oh</span></span>"
-    ),
-    stray_dollars: planted("<p>costs $x</p>"),
-    broken_anchors: planted("<a href=#nowhere>oh</a>"),
-    figures_missing: "document.querySelector('.drawing').remove()",
-    images_without_text: planted("<img src=data:,>"),
-    sideways: "document.querySelector('.stMain').insertAdjacentHTML("
-    "'beforeend', '<div style=\"width: 3000px\">oh</div>')",
-    pale_texts: "document.querySelector('.stMarkdown p').style.color = '#eeeeee'",
-}
-
-
-def test_every_check_can_fail(browser, address):
-    """Each check finds the fault that is planted for it."""
-    tab = visit(browser, address, viewport={"width": 1280, "height": 900})
-    assert set(FAULTS) == set(CHECKS)
-    for check, fault in FAULTS.items():
-        assert check(tab) == [], check.__name__
-        tab.evaluate(fault)
-        tab.wait_for_timeout(100)
-        assert check(tab), check.__name__
-        if check is exceptions:
-            tab.evaluate("document.querySelector('[data-testid=stException]').remove()")
-    tab.context.close()
-
-
 # -- knobs ----------------------------------------------------------------------------
 
 
@@ -309,18 +272,23 @@ def test_each_knob_changes_its_figure_and_the_address(desk, name, knob):
     assert exceptions(desk) == []
 
 
-def test_a_view_can_be_sent(browser, address):
+@pytest.fixture(scope="module")
+def sent(browser, address):
+    """A view that somebody has sent, opened on a phone."""
+    query = "one_mode.decay=3.0&basis_kernels.N=7&held_input.dt=nan&wraparound.steps=60"
+    poles = "explorer.poles=-2,5,1,0;-1,9,0.5,0.5"
+    size = {"width": 390, "height": 844}
+    return visit(browser, address, f"?{query}&{poles}", viewport=size)
+
+
+def test_a_view_can_be_sent(sent):
     """Values in an address are taken; what no knob can give is named and mended."""
-    query = (
-        "?one_mode.decay=3.0&basis_kernels.N=7&held_input.dt=nan&wraparound.steps=60"
-    )
-    tab = visit(browser, address, query, viewport={"width": 1280, "height": 900})
+    tab = sent
     notices = tab.locator("[data-testid=stAlert]").all_inner_texts()
     assert len(notices) == 2
     assert "dt = nan" in notices[0] and "0.04 to 0.4" in notices[0]
     assert "N = 7" in notices[1] and "4, 8, 16, 32, 64" in notices[1]
-    html = s4d.matplotlib.rc_context(s4d.LOOK)
-    with html:
+    with s4d.matplotlib.rc_context(s4d.LOOK):
         for name, values in {
             "one_mode": {"decay": 3.0},
             "basis_kernels": {},
@@ -333,7 +301,6 @@ def test_a_view_can_be_sent(browser, address):
             shown = re.findall(r'src="([^"]*)"', figure_html(tab, name))
             assert shown == wanted, name
     assert "basis_kernels.N" not in tab.url and "one_mode.decay" in tab.url
-    tab.context.close()
 
 
 # -- reading --------------------------------------------------------------------------
@@ -430,13 +397,46 @@ def test_explorer_agrees_with_s4d_kernel(desk):
     desk.wait_for_function("location.search.includes('explorer.poles')")
 
 
-def test_explorer_starts_from_the_address(browser, address):
-    query = "?explorer.poles=-2,5,1,0;-1,9,0.5,0.5"
-    tab = visit(browser, address, query, viewport={"width": 390, "height": 844})
-    tab.locator(".explorer .pole").first.wait_for()
-    assert explorer(tab, "poles").tolist() == [[-2, 5, 1, 0], [-1, 9, 0.5, 0.5]]
-    assert sideways(tab) == []
-    tab.context.close()
+def test_explorer_starts_from_the_address(sent):
+    sent.locator(".explorer .pole").first.wait_for()
+    assert explorer(sent, "poles").tolist() == [[-2, 5, 1, 0], [-1, 9, 0.5, 0.5]]
+    assert sideways(sent) == []
+
+
+# -- the checks themselves ------------------------------------------------------------
+
+
+def planted(element):
+    """JavaScript that adds an element to the page."""
+    return f"document.body.insertAdjacentHTML('beforeend', `{element}`)"
+
+
+FAULTS = {  # what to plant into the page, so that a check must find it
+    exceptions: planted("<div data-testid=stException>oh</div>"),
+    console_errors: "console.error('oh')",
+    outside_requests: "fetch('http://192.0.2.1/x').catch(() => 0); 0",
+    formulas_refused: planted("<span class=katex-error>oh</span>"),
+    formulas_in_red: planted(
+        "<span class=katex><span style='color: rgb(204, 0, 0)'>oh</span></span>"
+    ),
+    stray_dollars: planted("<p>costs $x</p>"),
+    broken_anchors: planted("<a href=#nowhere>oh</a>"),
+    figures_missing: "document.querySelector('.drawing').remove()",
+    images_without_text: planted("<img src=data:,>"),
+    sideways: "document.querySelector('.stMain').insertAdjacentHTML("
+    "'beforeend', '<div style=\"width: 3000px\">oh</div>')",
+    pale_texts: "document.querySelector('.stMarkdown p').style.color = '#eeeeee'",
+}
+
+
+def test_every_check_can_fail(sent):
+    """Each check finds the fault that is planted for it. The tab is spoilt then."""
+    assert set(FAULTS) == set(CHECKS)
+    for check, fault in FAULTS.items():
+        assert check(sent) == [], check.__name__
+        sent.evaluate(fault)
+        sent.wait_for_timeout(100)
+        assert check(sent), check.__name__
 
 
 # -- training -------------------------------------------------------------------------
