@@ -190,7 +190,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="print only")
     quick = parser.parse_args().quick
-    rows = list(measure(*((1, 1, 40) if quick else (5, 10, 1000))))
+    rows = list(measure(*((1, 1, 40) if quick else (5, 10, 400))))
     if quick:
         return
     machine = (
