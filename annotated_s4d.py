@@ -115,7 +115,8 @@ from matplotlib.figure import Figure
 # of the largest value, and stops the page if that is too much.
 #
 # Cells that do work begin with `if RUN:`. It is true in a notebook and in a script, and
-# false when this file is imported as a library, so that an import computes nothing.
+# false when this file is imported as a library, so that an import computes nothing. The
+# folded cell above sets it, and shows the file as a web page where that is asked for.
 
 # %%
 def agree(left, a, right, b, tolerance=1e-5):
@@ -135,7 +136,7 @@ def agree(left, a, right, b, tolerance=1e-5):
 # decorator says how far. A notebook shows the picture under its cell, a script saves it
 # in the folder `assets`, and on the web page each knob is a slider. Elsewhere, to turn
 # one, call the function again with another argument. The three cells that do this are
-# folded away; Appendix C explains their rules.
+# folded away, too; Appendix C explains their rules.
 
 # %% tags=["hide"] jupyter={"source_hidden": true}
 FIGURES = {}
@@ -1279,8 +1280,8 @@ def circle(turns):
 # Does it agree? On the spring, and then where it is hard: 32 modes that turn up to
 # 1,280 radians per second, over 4,096 steps of a millisecond, against double precision.
 # Beside it the Vandermonde kernel, whose powers begin from a rounded $\bar A$, and the
-# one line `exp(dt * A * k)`, whose large angles are rounded.
-# And is the circle faster than the library's sine and cosine?
+# one line `exp(dt * A * k)`, whose large angles are rounded. And is the circle faster
+# than the library's sine and cosine?
 
 # %%
 if RUN:
@@ -1403,9 +1404,9 @@ if RUN:
 # ### What it costs
 #
 # The picture shows the fastest of several calls on the machine that drew it, for 32
-# channels. Both axes are logarithmic. On a processor of few cores the
-# parallel scan loses even to the recurrence: it does more work in all, and needs many
-# cores to be repaid.
+# channels. Both axes are logarithmic. On a processor of few cores the parallel scan
+# loses even to the recurrence: it does more work in all, and needs many cores to be
+# repaid.
 
 # %%
 @functools.cache
@@ -1912,6 +1913,25 @@ def s4d_advance(A, B, C, dt, x, u, lengths, method="zoh"):
 
 
 # %% [markdown]
+# To look inside a sequence, or to go on from any place in it, one wants the states at
+# all times. The parallel scan has them. A row that has ended keeps its last state.
+
+# %%
+@functools.partial(jax.jit, static_argnames="method")
+def s4d_every(A, B, C, dt, x, u, lengths, method="zoh"):
+    """Take a chunk by parallel scan. Arguments as `s4d_advance`.
+
+    Returns the state after every sample, (batch, L, H, N/2), and y (batch, H, L).
+    """
+    A_bar, B_bar = s4d_discretize(A, B, dt, method)
+    rest = pole_rest(A, dt, A_bar, method)
+    y, states = s4d_scan(A_bar, B_bar, C, u, x, rest)  # (batch, H, L, N/2)
+    states = jnp.concatenate([x[:, None], states.swapaxes(1, 2)], 1)
+    last = jnp.minimum(jnp.arange(u.shape[-1]) + 1, lengths[:, None])  # (batch, L)
+    return jnp.take_along_axis(states, last[..., None, None], 1), y
+
+
+# %% [markdown]
 # ### From the systems' output to the layer's
 #
 # The $H$ systems are linear and do not see each other. Two things are missing. A
@@ -2020,11 +2040,15 @@ class S4D(DiagonalSSM):
         x, y = s4d_step(*self.system(), x, u, self.method)
         return x, self.mixer(y + self.D[...] * u)
 
-    def advance(self, x, u, lengths=None):
-        """Take a chunk. Returns x after each row's length, and y as a call does."""
+    def advance(self, x, u, lengths=None, every=False):
+        """Take a chunk. Returns x after each row's length, and y as a call does.
+
+        With every, x after each sample, (batch, L, H, N/2).
+        """
         lengths = check_sequence(u, len(self.D), lengths)
         check_state(x, u[:, 0], *self.A_imag.shape)
-        x, y = s4d_advance(*self.system(), x, u.swapaxes(1, 2), lengths, self.method)
+        take = s4d_every if every else s4d_advance
+        x, y = take(*self.system(), x, u.swapaxes(1, 2), lengths, self.method)
         return x, masked(self.mixer(y.swapaxes(1, 2) + self.D[...] * u), lengths)
 
 
@@ -2068,6 +2092,8 @@ if RUN:
     agree("state after the chunks", x100, "after the steps", x)
     x_padded, _ = advance(layer, layer.init_state(2), v, jnp.array([37, 100]))
     agree("state of a padded row of 37", x_padded[0], "after 37", x37[0])
+    states, _ = layer.advance(layer.init_state(2), v, every=True)
+    agree("every state: the 37th", states[:, 36], "after 37", x37)
 
 
 # %% [markdown]
@@ -2145,8 +2171,8 @@ class S4DBlock(nnx.Module):
         x, y = self.ssm.step(x, self.norm_ssm(u))
         return x, self.around(u, y)
 
-    def advance(self, x, u, lengths=None):
-        x, y = self.ssm.advance(x, self.norm_ssm(u), lengths)
+    def advance(self, x, u, lengths=None, every=False):
+        x, y = self.ssm.advance(x, self.norm_ssm(u), lengths, every)
         return x, self.around(u, y)
 
 
@@ -2201,10 +2227,10 @@ class S4DStack(nnx.Module):
             x[i], u = block.step(x[i], u)
         return x, self.norm(u)
 
-    def advance(self, x, u, lengths=None):
+    def advance(self, x, u, lengths=None, every=False):
         x = list(x)
         for i, block in enumerate(self.blocks):
-            x[i], u = block.advance(x[i], u, lengths)
+            x[i], u = block.advance(x[i], u, lengths, every)
         return x, self.norm(u)
 
 
@@ -2238,14 +2264,15 @@ class Pooling(nnx.Module):
         mean = self.how == "mean"
         return (jnp.zeros((batch, self.d_model)), jnp.zeros(batch, int)) if mean else ()
 
-    def advance(self, x, h, lengths):
+    def advance(self, x, h, lengths, every=False):
         if self.how != "mean":
             return x, masked(h, lengths)
         total, count = x
         totals = total[:, None] + jnp.cumsum(masked(h, lengths), 1)  # (batch, L, H)
-        counts = count[:, None] + jnp.arange(h.shape[1]) + 1  # (batch, L)
-        means = masked(totals / counts[..., None], lengths)
-        return (totals[:, -1], count + lengths), means
+        past = jnp.minimum(jnp.arange(h.shape[1]) + 1, lengths[:, None])
+        counts = count[:, None] + past  # (batch, L)
+        means = masked(totals / jnp.maximum(counts, 1)[..., None], lengths)
+        return (totals, counts) if every else (totals[:, -1], counts[:, -1]), means
 
 
 # %% [markdown]
@@ -2282,16 +2309,17 @@ class S4DModel(nnx.Module):
         past, h = self.pooling.advance(x["pool"], h[:, None], ones)
         return {"stack": stack, "pool": past}, self.decoder(h[:, 0])
 
-    def advance(self, x, u, lengths=None):
+    def advance(self, x, u, lengths=None, every=False):
         lengths = check_sequence(u, self.encoder.in_features, lengths)
-        stack, h = self.stack.advance(x["stack"], self.encoder(u), lengths)
-        past, h = self.pooling.advance(x["pool"], h, lengths)
+        stack, h = self.stack.advance(x["stack"], self.encoder(u), lengths, every)
+        past, h = self.pooling.advance(x["pool"], h, lengths, every)
         return {"stack": stack, "pool": past}, masked(self.decoder(h), lengths)
 
 
 # %% [markdown]
 # The contract holds for the whole model: each answer in a stream is the one for the
-# prefix alone, and padding changes nothing.
+# prefix alone, and padding changes nothing. From the states at all times it can go on
+# from anywhere.
 
 # %%
 if RUN:
@@ -2303,6 +2331,9 @@ if RUN:
         agree(f"{how}: stepped", run_steps(model, v)[1], "advanced", answers)
         padded = call(model, v, jnp.array([20, 50]))
         agree(f"{how}: answer at 20", answers[0, 19], "row of 20, padded", padded[0])
+    states, _ = model.advance(model.init_state(2), v, every=True)
+    x20 = jax.tree.map(lambda x: x[:, 19], states)
+    agree("on from state 20", advance(model, x20, v[:, 20:])[1], "whole", answers[:, 20:])
 
 
 # %% [markdown]
@@ -2647,14 +2678,20 @@ def train(model, data, validation, *, epochs=40, batch_size=32, seed=0, augment=
 # the whole process, so it is done when this file runs, and not when it is imported.
 
 # %%
-def keep_memory():
-    """Let glibc keep freed memory for the next step. Does nothing elsewhere."""
+def set_allocator(*settings):
+    """Set options of glibc's allocator, numbers and values. Does nothing elsewhere."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    for option, value in ((-3, 2**31 - 1), (-1, 2**31 - 1), (-2, 2**28)):
-        mallopt(option, value)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+    for option, value in settings:
+        mallopt(option, value)
+
+
+def keep_memory():
+    """Let glibc keep freed memory for the next step."""
+    most = 2**31 - 1
+    set_allocator((-3, most), (-1, most), (-2, 2**28))  # mmap, trim, top pad
 
 
 if RUN:
@@ -2702,10 +2739,11 @@ def load_parameters(file, model):
         ours = {"/".join(map(str, path)): p.shape for path, p in flat}
         theirs = {key: saved[key].shape for key in saved if key != "history"}
         odd = dict(sorted(ours.items() ^ theirs.items()))
-        require(not odd, f"{file} differs in {odd}", "the arrays of the model")
+        fits = not odd and "history" in saved
+        require(fits, f"{file} differs in {odd}", "the arrays of the model, a history")
+        history = saved["history"]
         for path, p in flat:
             p[...] = jnp.asarray(saved["/".join(map(str, path))])
-        history = saved["history"]
     nnx.update(model, nnx.from_flat_state(flat))
     return history
 
@@ -3240,14 +3278,18 @@ def code_html(source):
 
 
 def read_page(file, notebook):
-    """Everything the page shows, as a list of items, and its headings."""
-    items, headings = [], []
+    """What the page shows: parts, each a heading and its items; and all headings."""
+    parts, headings = [], []
     cells = list(read_cells(file.read_text(encoding="utf-8")))
     sources = [c for kind, marks, c in cells if kind == "code" and "page" not in marks]
     outputs = iter(read_outputs(sources, notebook))
     for kind, marks, source in cells:
         if kind == "prose":
             headings += re.findall(r"^(##+) (.*)", source, re.M)
+            if re.match("##? ", source):
+                heading, source = source.split("\n", 1)
+                parts.append((heading, []))
+            items = parts[-1][1]
             if items and "prose" in items[-1]:
                 items[-1]["prose"] += "\n\n" + source
             else:
@@ -3259,7 +3301,7 @@ def read_page(file, notebook):
         items.append({
             "code": source, "printed": below, "fold": page or "hide" in marks,
             "figures": list(read_figures(source)), "drawn": drawn, "data": data})
-    return items, headings
+    return parts, headings
 
 
 # %% [markdown]
@@ -3294,6 +3336,9 @@ class Studio:
                 # Streamlit collects garbage after every move of a knob. What is here
                 # to stay, JAX above all, need not be looked through each time.
                 gc.freeze()
+                # Each drawing has a thread, and glibc would give many of them an arena
+                # of memory of their own: M_ARENA_MAX is 1.
+                self.module.set_allocator((-8, 1))
         return self.module
 
     def promise(self, name, values):
@@ -3328,6 +3373,7 @@ class Training:
     def __init__(self, studio):
         self.studio, self.thread = studio, None
         self.history, self.outcome, self.stopped = [], "", False
+        self.epochs = 1
 
     def busy(self):
         return self.thread is not None and self.thread.is_alive()
@@ -3345,6 +3391,8 @@ class Training:
 
     def run(self):
         since, article = time.perf_counter(), self.studio.article()
+        arguments = article.inspect.signature(article.train).parameters
+        self.epochs = arguments["epochs"].default
         try:
             model, _, test = article.train_digits(watch=self.watch)
         except InterruptedError:
@@ -3363,95 +3411,19 @@ class Training:
 # %% [markdown]
 # ### Knobs
 #
-# A knob is a list of choices or a range. Streamlit has sliders, which wait a fifth of a
-# second before they tell what has been done to them. Ours tell at once, and while Python
-# draws they keep only the latest news, so that a figure follows the hand.
+# A knob is a list of choices or a range, and becomes a slider of Streamlit. Its value
+# stands in the page's address, so that a view can be sent to someone. An address that
+# asks for what no knob can give gets the default, and a notice.
 
 # %% tags=["page"]
-KNOBS_CSS = """
-.knobs { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr));
-  gap: 4px 28px; font: 13px/1.5 var(--st-font, sans-serif);
-  color: var(--st-text-color, #31333f); }
-label { display: flex; flex-wrap: wrap; justify-content: space-between; }
-input { width: 100%; margin: 4px 0 8px; accent-color: #2f86d6; }
-"""
-
-KNOBS_JS = """
-function row({ name, label, low, high, step, value, choices }, changed) {
-  const row = document.createElement("label");
-  row.innerHTML = `<span>${label}</span><output></output>
-    <input type="range" name="${name}" min="${low}" max="${high}" step="${step}">`;
-  const input = row.querySelector("input");
-  const show = () => {
-    row.querySelector("output").textContent = choices?.[input.value] ?? input.value;
-  };
-  input.value = value;
-  input.oninput = () => { show(); changed(); };
-  show();
-  return row;
-}
-
-export default function knobs({ parentElement, data, setStateValue }) {
-  const box = parentElement.querySelector(".knobs");
-  box.tell = () => {
-    if (box.waiting) { box.news = true; return; }
-    const values = [...box.querySelectorAll("input")].map((i) => [i.name, +i.value]);
-    Object.assign(box, { waiting: true, news: false });
-    setStateValue("turned", Object.fromEntries(values));
-  };
-  if (!box.childElementCount)
-    box.append(...data.knobs.map((knob) => row(knob, () => box.tell())));
-  box.waiting = false; // Python has answered
-  if (box.news) box.tell();
-}
-"""
-
-
-# %% [markdown]
-# Their values stand in the page's address, so that a view can be sent to someone. An
-# address that asks for what no knob can give gets the default, and a notice.
-
-# %% tags=["page"]
-def turn(figure):
-    """Show the knobs of a figure. Returns their values."""
-    name, _, knobs, default = figure
-    first, rows = st.session_state.setdefault(f"{name} at first", {}), []
-    for k, span in knobs.items():
-        asked = st.query_params.get(f"{name}.{k}", str(default[k]))
-        value = first.setdefault(k, read_value(asked, span))
-        row = {"name": k, "label": k.replace("_", " ")}
-        if isinstance(span, list):
-            place = {"low": 0, "high": len(span) - 1, "step": 1, "choices": span}
-            rows.append(row | place | {"value": span.index(value)})
-        else:
-            fine = 10 ** math.floor(math.log10((span[1] - span[0]) / 25))
-            step = 1 if isinstance(span[0], int) else float(f"{fine:.0e}")
-            place = {"low": span[0], "high": span[1], "step": step, "value": value}
-            rows.append(row | place)
-    told = st.session_state.get(name, {}).get("turned")
-    parts = {"html": '<div class="knobs"></div>', "css": KNOBS_CSS, "js": KNOBS_JS}
-    mount = st.components.v2.component("knobs", **parts)
-    data = {"knobs": rows, "heard": told}
-    told = mount(key=name, data=data, on_turned_change=lambda: None).turned
-    values = dict(first)
-    for k, span in knobs.items() if told else ():
-        value = span[told[k]] if isinstance(span, list) else type(span[0])(told[k])
-        if fits(str(value), span):
-            values[k] = value
-    for k, value in values.items():
-        key = f"{name}.{k}"
-        if value != default[k]:
-            st.query_params[key] = str(value)
-        elif key in st.query_params:
-            del st.query_params[key]
-    return values
-
-
-def read_value(text, span):
-    """The value of a knob that a text from the address means."""
+def knob(key, label, span, default):
+    """Show the slider of a knob. Returns its value."""
+    bound = {"key": key, "bind": "query-params"}
     if isinstance(span, list):
-        return next(value for value in span if str(value) == text)
-    return type(span[0])(text)
+        return st.select_slider(label, span, default, **bound)
+    fine = 10 ** math.floor(math.log10((span[1] - span[0]) / 25))
+    step = 1 if isinstance(default, int) else float(f"{fine:.0e}")
+    return st.slider(label, *span, default, step, **bound)
 
 
 def fits(text, span):
@@ -3459,7 +3431,7 @@ def fits(text, span):
     if isinstance(span, list):
         return text in map(str, span)
     try:
-        return span[0] <= read_value(text, span) <= span[1]
+        return span[0] <= type(span[0])(text) <= span[1]
     except ValueError:
         return False
 
@@ -3479,6 +3451,7 @@ def mend_address(figures):
             key = f"{name}.{k}"
             if key in asked and not fits(asked[key], span):
                 del st.query_params[key]
+                st.session_state[key] = default[k]
                 choices = f"{span[0]} to {span[-1]}"
                 if isinstance(span, list):
                     choices = ", ".join(map(str, span))
@@ -3510,7 +3483,11 @@ def read_poles(text):
 def play(studio, figure, recorded):
     """Show a figure under its knobs."""
     name, caption, knobs, default = figure
-    values = turn(figure) if knobs else {}
+    values = {}
+    for column, k in zip(st.columns(len(knobs)) if knobs else (), knobs):
+        with column:
+            label = k.replace("_", " ")
+            values[k] = knob(f"{name}.{k}", label, knobs[k], default[k])
     below = f"<figcaption>{html.escape(caption)}</figcaption>"
     if values == default and recorded:
         st.html(f"<figure>{recorded}{below}</figure>")
@@ -3552,13 +3529,15 @@ def follow(training, watching):
         st.rerun()  # it has ended: no need to look every second any more
     left, right = st.columns([1, 3], vertical_alignment="center")
     busy = training.busy()
-    if left.button("stop" if busy else "train here, now", key="train"):
-        training.stopped = busy
+    if not busy and left.button("train here, now", key="train"):
         training.begin()
         st.rerun()
+    if busy and left.button("stop", key="stop"):
+        training.stopped = True
+        st.rerun()
     if busy:
-        epochs = len(training.history)
-        right.progress(epochs / 40, f"{epochs} of 40 epochs, seen by all visitors")
+        done, epochs = len(training.history), training.epochs
+        right.progress(done / epochs, f"{done} of {epochs} epochs, seen by all visitors")
     elif training.outcome:
         right.markdown(training.outcome)
     if training.history:
@@ -3568,20 +3547,25 @@ def follow(training, watching):
 # %% [markdown]
 # ### The page
 #
-# What is left is to walk the items, words and recorded figures first. While the reader
-# reads, the mathematics is imported.
+# What is left is to walk the items. The headings of all parts and the first screen go
+# first, so that the reader has something to read and a place to go to; then part after
+# part is filled in, and meanwhile the mathematics is imported. What visitors share is
+# made once for each edition of the file and its notebook.
 
 # %% tags=["page"]
+def open_studio(file, notebook, edition):
+    """What visitors share: parts, headings, studio, training."""
+    studio = Studio(file)
+    return *read_page(file, notebook), studio, Training(studio)
+
+
 def page():
     """Show this file as a Streamlit page."""
     file = Path(__file__)
     notebook = file.parent / "notebooks" / f"{file.stem}.ipynb"
     edition = [path.stat().st_mtime_ns for path in (file, notebook) if path.exists()]
     share = st.cache_resource(max_entries=1, show_spinner=False)
-    items, headings = share(lambda edition: read_page(file, notebook))(edition)
-    colour = st.cache_data(max_entries=400, show_spinner=False)(code_html)
-    studio = share(lambda edition: Studio(file))(edition)
-    training = share(lambda edition: Training(studio))(edition)
+    parts, headings, studio, training = share(open_studio)(file, notebook, edition)
 
     st.set_page_config(page_title="The Annotated S4D", page_icon="🌊")
     st.html(f"<style>{CSS}</style>")
@@ -3590,30 +3574,45 @@ def page():
         unfolded = st.toggle("show code", True, key="code", bind="query-params")
     first = "notices" not in st.session_state
     if first:
-        figures = [f for item in items for f in item.get("figures", ())]
+        shown = [item for _, items in parts for item in items]
+        figures = [f for item in shown for f in item.get("figures", ())]
         st.session_state.notices = mend_address(figures)
     for notice in st.session_state.notices:
         st.warning(notice)
-    for number, item in enumerate(items):
-        if first and number == 6:
+    places = [st.container(key=f"part-{number}") for number in range(len(parts))]
+    for place, (heading, _) in zip(places, parts):
+        place.markdown(heading)
+    for number, (place, (_, items)) in enumerate(zip(places, parts)):
+        with place:
+            for item in items:
+                show_item(item, unfolded, studio, training)
+        if first and number == 0:
             time.sleep(0.4)  # the browser shows the first screen before the rest comes
-        if "prose" in item:
-            st.markdown(item["prose"])
-            continue
-        code = colour(item["code"])
-        if unfolded and not item["fold"]:
-            code = code.replace("<details", "<details open", 1)
-        st.html(code + item["printed"])
-        for figure in item["figures"]:
-            if figure[0] == "explorer":
-                st.fragment(explore)(studio, figure, item["data"])
-            else:
-                st.fragment(play)(studio, figure, item["drawn"])
-            if figure[0] == "learning_curve":
-                busy = training.busy()
-                st.fragment(follow, run_every=1 if busy else None)(training, busy)
     st.html(f"<script>{SCRIPT}</script>", unsafe_allow_javascript=True)
     start(studio.article)
+
+
+# %% [markdown]
+# An item is words, or code, what it printed, and its figures:
+
+# %% tags=["page"]
+def show_item(item, unfolded, studio, training):
+    """Show one item of the page."""
+    if "prose" in item:
+        st.markdown(item["prose"])
+        return
+    code = st.cache_data(max_entries=400, show_spinner=False)(code_html)(item["code"])
+    if unfolded and not item["fold"]:
+        code = code.replace("<details", "<details open", 1)
+    st.html(code + item["printed"])
+    for figure in item["figures"]:
+        if figure[0] == "explorer":
+            st.fragment(explore)(studio, figure, item["data"])
+        else:
+            st.fragment(play)(studio, figure, item["drawn"])
+        if figure[0] == "learning_curve":
+            busy = training.busy()
+            st.fragment(follow, run_every=1 if busy else None)(training, busy)
 
 
 def contents(headings):
@@ -3636,6 +3635,8 @@ CSS = """
 .stMarkdown p, .stMarkdown li { line-height: 1.65; }
 .stMain .stElementContainer { content-visibility: auto;
   contain-intrinsic-size: auto 300px; }
+/* parts yet to come keep their place */
+[class*="st-key-part-"]:not(.st-key-part-0) { min-height: 100vh; }
 .stMarkdown h1 { font-size: 2.6rem; }
 .stMarkdown h2 { font-size: 1.75rem; margin-top: 2.5rem; }
 .stMarkdown h3 { font-size: 1.25rem; margin-top: 1rem; }
@@ -3646,7 +3647,13 @@ nav li { margin: 0; padding: 0.14rem 0; }
 nav .h3 { padding-left: 1rem; opacity: 0.8; }
 nav a { color: inherit; text-decoration: none; }
 nav a:hover, nav a.here { color: #2f86d6; }
+"""
 
+# %% [markdown]
+# Code and what it printed:
+
+# %% tags=["page"]
+CSS += """
 .code { position: relative; margin: 0; border-left: 3px solid #76767655; }
 .code summary { padding-left: 0.6rem; font: 0.8rem monospace; opacity: 0.75;
   cursor: pointer; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
@@ -3663,7 +3670,13 @@ nav a:hover, nav a.here { color: #2f86d6; }
 .code .sd, .code .c1 { color: light-dark(#6a6f76, #9aa0a8); font-style: italic; }
 .code .nf, .code .nc, .code .nd { color: light-dark(#1d6fb8, #7db8ef); }
 .code .mi, .code .mf { color: light-dark(#b3541e, #eda36f); }
+"""
 
+# %% [markdown]
+# The figures that `drawing` wrote down, and what changes on a narrow screen and on paper:
+
+# %% tags=["page"]
+CSS += """
 figure { margin: 0; }
 figcaption { margin-top: 0.6rem; font-size: 0.875rem; line-height: 1.5; opacity: 0.7; }
 .drawing { width: 100%; font-size: 12.5px; line-height: 1.2; }
@@ -3696,7 +3709,7 @@ figcaption { margin-top: 0.6rem; font-size: 0.875rem; line-height: 1.5; opacity:
 }
 @media print {
   .stSidebar, .stAppHeader, .code button { display: none; }
-  [class*="st-key-"]:not(.st-key-explorer) { display: none; }
+  .stSlider, .stButton { display: none; }
   .code { break-inside: avoid; }
 }
 """
@@ -3790,9 +3803,8 @@ button:disabled { opacity: 0.4; }
 """
 
 # %% [markdown]
-# A complex number is a pair, a pole four numbers. The recurrence gives a pole's kernel,
-# as its answer to $1, 0, 0, \dots$, and its answer to the force; the rest is drawing.
-# Python hears of the poles when the reader lets them go.
+# Now the mathematics. A complex number is a pair, a pole four numbers. The recurrence
+# gives a pole's kernel, as its answer to $1, 0, 0, \dots$, and its answer to the force.
 
 # %% tags=["page"]
 EXPLORER_JS = """
@@ -3826,7 +3838,13 @@ function magnitude(poles, w) {
   });
   return Math.hypot(...G.reduce(add));
 }
+"""
 
+# %% [markdown]
+# Drawing needs axes with round numbers, and places on them.
+
+# %% tags=["page"]
+EXPLORER_JS += """
 const sum = (shares) => shares[0].map((_, k) => shares.reduce((s, y) => s + y[k], 0));
 const largest = (values) => Math.max(1e-6, ...values.map(Math.abs));
 const label = (v) => String(Number(v.toPrecision(3))).replace("-", "−");
@@ -3845,7 +3863,14 @@ function about(values) {
   const end = [1, 2, 5, 10].map((m) => m * ten).find((m) => m >= v);
   return [-end, 0, end];
 }
+"""
 
+# %% [markdown]
+# Every picture is a grid with numbers and curves. The plane of the poles is one without
+# curves.
+
+# %% tags=["page"]
+EXPLORER_JS += """
 // A view: a grid with numbers, and curves [xs, ys, kind, colour] in it.
 function view(el, which, name, xs, ys, curves = [], labelY = label) {
   const svg = part(el, which);
@@ -3863,7 +3888,14 @@ function view(el, which, name, xs, ys, curves = [], labelY = label) {
     text(right, bottom + 32, "end", name)].join("");
   return { X, Y };
 }
+"""
 
+# %% [markdown]
+# From the poles to the pictures: each pole's share, their sum, and the force through
+# them. The frequency response has a logarithmic axis of three decades.
+
+# %% tags=["page"]
+EXPLORER_JS += """
 function draw(el) {
   const { poles, data: { dt, u } } = el;
   const t = u.map((_, k) => k * dt), time = ticks(0, u.length * dt);
@@ -3890,7 +3922,13 @@ function drawFrequency(el) {
   view(el, "frequency", "frequency, rad/s", ticks(0, last), ticks(bottom, top, 3),
     [[w, height, "sum"]], (v) => label(10 ** v));
 }
+"""
 
+# %% [markdown]
+# A pole is a disc that can be held, and says in words what it does.
+
+# %% tags=["page"]
+EXPLORER_JS += """
 function describe([re, im], n) {
   const fades = re < 0 ? `fades to 1/e in ${label(-1 / re)} s` : "never fades";
   const turns = im > 0 ? `turns ${im.toFixed(1)} rad/s` : "does not turn";
@@ -3917,7 +3955,14 @@ function drawPoles(el) {
   part(el, "add").disabled = poles.length >= COLOURS.length;
   part(el, "remove").disabled = poles.length <= 1;
 }
+"""
 
+# %% [markdown]
+# Whoever moves poles, a hand, a key, a button or the address, does it through `take`,
+# which keeps them within limits. Python hears of the poles when the reader lets them go.
+
+# %% tags=["page"]
+EXPLORER_JS += """
 // Poles from anywhere: eight at most, within limits, finite, with three decimals.
 function take(el, poles, chosen = 0) {
   const { re, im } = el.data.limits, limits = [re, im, [-2, 2], [-2, 2]];
@@ -3936,7 +3981,13 @@ function finish(el, wait = 0) {
   clearTimeout(el.timer);
   el.timer = setTimeout(() => el.setStateValue("poles", el.poles), wait);
 }
+"""
 
+# %% [markdown]
+# Last, the hand and the keys.
+
+# %% tags=["page"]
+EXPLORER_JS += """
 function listenToPole(el, handle, n) {
   const move = ([re, im, ...C], dx, dy) => replace(el, n, [re + dx, im + dy, ...C]);
   handle.onfocus = () => take(el, el.poles, n);

@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "notebooks" / "annotated_s4d.ipynb"
 sys.path.insert(0, str(ROOT))
 
+from annotated_s4d import DATA, RECORDED, edition  # noqa: E402
+
 
 def fresh_notebook():
     """The article as a notebook without outputs, its cells numbered."""
@@ -96,10 +98,9 @@ def record(notebook, drawn):
         for output in cell.outputs:
             if "image/png" in output.get("data", {}):
                 name = figure_name(cell)
-                output.data["application/x-annotated-drawing"] = drawn[name]
+                output.data[RECORDED] = drawn[name]
                 if name == "explorer":
-                    data = json.dumps(drawn["explorer data"])
-                    output.data["application/x-annotated-data"] = data
+                    output.data[DATA] = json.dumps(drawn["explorer data"])
 
 
 def figure_name(cell):
@@ -120,8 +121,6 @@ def figure_of(cell):
 
 def save_assets(notebook):
     """Write each picture of the notebook to assets, marked with the code's edition."""
-    from annotated_s4d import edition
-
     (ROOT / "assets").mkdir(exist_ok=True)
     for name, png in filter(None, map(figure_of, code_cells(notebook))):
         marks = PngImagePlugin.PngInfo()

@@ -8,6 +8,7 @@ Times are medians of five, each server fresh where it says cold. Needs Debian's
 """
 
 import argparse
+import asyncio
 import os
 import platform
 import re
@@ -19,6 +20,9 @@ from pathlib import Path
 
 import streamlit
 from playwright.sync_api import sync_playwright
+from streamlit.proto.BackMsg_pb2 import BackMsg
+from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
+from tornado.websocket import websocket_connect
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -51,26 +55,33 @@ def visit(browser, address):
     return tab, *times
 
 
+WATCH = """([slider, alt]) => {
+  const picture = () => [...document.querySelectorAll(".drawing")].find(
+    (e) => e.getAttribute("aria-label") == alt)?.innerHTML;
+  const old = picture();
+  window.took = null;
+  slider.addEventListener("keydown", () => {
+    const start = performance.now();
+    const observer = new MutationObserver(() => {
+      if ([old, undefined].includes(picture())) return;
+      observer.disconnect();
+      requestAnimationFrame(() => { window.took = (performance.now() - start) / 1e3; });
+    });
+    observer.observe(document.body, { childList: true, subtree: true });
+  }, { once: true });
+}"""
+
+
 def move(tab, name, knob, right):
-    """Seconds from a step of a knob to another picture; at its end the knob turns."""
-    slider = tab.locator(f".st-key-{name} input[name={knob}]")
-    return slider.evaluate(
-        """(input, [alt, right]) => new Promise((done) => {
-          const [low, high, now] = [input.min, input.max, input.value].map(Number);
-          const picture = () => [...document.querySelectorAll(".drawing")].find(
-            (e) => e.getAttribute("aria-label") == alt)?.innerHTML;
-          const old = picture(), start = performance.now();
-          const observer = new MutationObserver(() => {
-            if ([old, undefined].includes(picture())) return;
-            observer.disconnect();
-            requestAnimationFrame(() => done((performance.now() - start) / 1e3));
-          });
-          observer.observe(document.body, { childList: true, subtree: true });
-          (now == low || (right && now != high)) ? input.stepUp() : input.stepDown();
-          input.dispatchEvent(new Event("input"));
-        })""",
-        [CAPTIONS[name], right],
-    )
+    """Seconds from an arrow key to another picture; at its end the knob turns."""
+    slider = tab.locator(f".st-key-{name}-{knob} input")
+    slider.focus()
+    low, high, now = slider.evaluate("e => [e.min, e.max, e.value].map(Number)")
+    tab.evaluate(WATCH, [slider.element_handle(), CAPTIONS[name]])
+    forward = now == low or (right and now != high)
+    tab.keyboard.press("ArrowRight" if forward else "ArrowLeft")
+    tab.wait_for_function("window.took", timeout=60_000)
+    return tab.evaluate("window.took")
 
 
 def moves(tab, count, right=True):
@@ -87,36 +98,57 @@ def megabytes(server):
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
 
 
-def crowd(address, size=10):
-    """Seconds until the last of some visitors, each in a browser, sees the title and
-    has everything."""
+async def receive(address):
+    """Visit as a browser does, but draw nothing: seconds until all has been sent."""
+    start = time.perf_counter()
+    stream = address.replace("http", "ws") + "/_stcore/stream"
+    connection = await websocket_connect(stream, subprotocols=["streamlit"])
+    ask = BackMsg()
+    ask.rerun_script.query_string = ""
+    await connection.write_message(ask.SerializeToString(), binary=True)
+    while message := await connection.read_message():
+        answer = ForwardMsg.FromString(message)
+        assert answer.delta.new_element.WhichOneof("type") != "exception"
+        if answer.WhichOneof("type") == "script_finished":
+            connection.close()
+            return time.perf_counter() - start
+    raise ConnectionError("the server has hung up")
 
-    def one(_):
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-            tab = browser.new_page()
-            tab.goto("about:blank")
-            while time.perf_counter() < begin:
-                time.sleep(0.01)
-            tab.goto(address, wait_until="commit")
-            until(tab, TITLE)
-            seen = time.perf_counter() - begin
-            until(tab, EVERYTHING)
-            complete = time.perf_counter() - begin
-            assert tab.evaluate(NO_ERROR)
-            browser.close()
-            return seen, complete
 
-    begin = time.perf_counter() + 15  # all browsers are open by then
+def look(address, begin):
+    """Visit with a browser at a moment: seconds to the title, and to everything."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        while time.perf_counter() < begin:
+            time.sleep(0.01)
+        tab, title, _, everything = visit(browser, address)
+        assert tab.evaluate(NO_ERROR)
+        browser.close()
+        return title, everything
+
+
+def crowd(address, browsers, size=10):
+    """Ten arrive at once, some with a browser on this machine, which shares its cores.
+    Seconds until the last browser sees the title and has everything, and until the
+    last of the others has received everything."""
+
+    async def others():
+        await asyncio.sleep(begin - time.perf_counter())
+        return await asyncio.gather(*[receive(address) for _ in range(size - browsers)])
+
+    begin = time.perf_counter() + 3 + browsers  # all browsers are open by then
     with ThreadPoolExecutor(size) as pool:
-        return map(max, zip(*pool.map(one, range(size))))
+        seen = [pool.submit(look, address, begin) for _ in range(browsers)]
+        received = asyncio.run(others()) if browsers < size else [0.0]
+        titles, complete = zip(*[one.result() for one in seen])
+    return max(titles), max(complete), max(received)
 
 
 def measure(repeats, visitors, many):
     """Yield rows of the table: what, the limit, the value."""
 
     def say(what, limit, value):
-        print(f"{what:58s} {limit:>10s} {value:>10s}", flush=True)
+        print(f"{what:64s} {limit:>10s} {value:>10s}", flush=True)
         return what, limit, value
 
     middle = statistics.median
@@ -178,12 +210,16 @@ def measure(repeats, visitors, many):
         browser.close()
         server.kill()
         server.wait()
-    server, address = serve(ROOT)
-    seen, complete = (f"{seconds:.1f} s" for seconds in crowd(address))
-    yield say("ten at once, cold server: the last sees the title", "10 s", seen)
-    yield say("ten at once, cold server: the last has everything", "", complete)
-    server.kill()
-    server.wait()
+    for browsers, who in ((1, "one a browser"), (10, "all browsers here")):
+        server, address = serve(ROOT)
+        title, complete, received = crowd(address, browsers)
+        what = f"ten at once, cold server, {who}: "
+        yield say(what + "the title", "10 s", f"{title:.1f} s")
+        yield say(what + "everything", "", f"{complete:.1f} s")
+        if browsers == 1:
+            yield say(what + "the rest received", "", f"{received:.1f} s")
+        server.kill()
+        server.wait()
 
 
 def main():
