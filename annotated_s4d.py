@@ -3001,6 +3001,359 @@ if RUN:
 #   Digits](https://doi.org/10.24432/C50P49). 1998.
 
 # %% [markdown]
+# ## Appendix A: All options of the layer
+#
+# The layer of Part 8 is as small as the idea. The authors' own has many more switches,
+# because nobody knew beforehand which would matter. `GeneralS4D` has them all, and with
+# its defaults it is the layer of Part 8. They fall into three groups: how the numbers
+# are stored, how many systems there are, and what surrounds them.
+#
+# ### How the numbers are stored
+#
+# A positive number can be stored in several ways: as a logarithm; through *softplus*,
+# $\log(1 + e^r)$, which grows like a straight line; through the sigmoid, which ends at
+# 1; or as it is, cut off below. Where a form cuts, it leaves $10^{-4}$ per second, so
+# that a mode always fades. Each form comes with its inverse. The inverse stores the
+# initial value, so that all forms start from the same system. A frequency may be zero,
+# which a logarithm cannot store: it then starts at $10^{-4}$ radians per second.
+
+# %%
+SMALLEST = 1e-4
+
+
+def inverse_softplus(v):
+    """Return r with log(1 + exp(r)) = v, for v > 0."""
+    return v + jnp.log(-jnp.expm1(-v))
+
+
+POSITIVE = {  # name: what a stored number means, how a value is stored
+    "exp": (jnp.exp, jnp.log),
+    "softplus": (jax.nn.softplus, inverse_softplus),
+    "sigmoid": (jax.nn.sigmoid, jax.scipy.special.logit),
+    "relu": (lambda r: jax.nn.relu(r) + SMALLEST, lambda v: v - SMALLEST),
+    "none": (lambda r: jnp.maximum(r, SMALLEST), lambda v: v),
+}
+IMAGINARY = {
+    "none": (lambda r: r, lambda v: v),
+    "relu": (jax.nn.relu, lambda v: v),
+    "exp": (jnp.exp, lambda v: jnp.log(jnp.maximum(v, SMALLEST))),
+    "softplus": (
+        jax.nn.softplus, lambda v: inverse_softplus(jnp.maximum(v, SMALLEST))
+    ),
+}
+
+
+# %% [markdown]
+# ### How many systems
+#
+# - `n_ssm`: so many systems serve all channels. Each is copied to several channels,
+#   which then differ in $C$ and $D$ alone.
+# - `channels`: each system has several outputs, by several $C$. They share the state,
+#   since $C$ only reads it.
+# - `bidirectional`: a second kernel runs backwards, from the end of the row.
+# - `dt_tie=False`: each mode has a $\Delta$ of its own. Nothing new has to be derived.
+#   Only $\Delta A$ and $\Delta B$ matter, so we multiply them out and count time in
+#   steps.
+# - `is_real`: $N$ real modes instead of $N/2$ pairs. A real mode has no partner, so the
+#   factor 2 of the pairs is taken out of $C$.
+# - `deterministic`: no chance at the start. $\Delta$ is evenly spaced in its logarithm,
+#   $C$ and $D$ are one.
+# - `rate` multiplies $\Delta$. A layer that learned from samples of 1 ms reads samples
+#   of 2 ms with `rate=2`: the system is the same, we look at it more rarely.
+#
+# Some pairs of options contradict each other. They are refused, like any value out of
+# range, when the layer is made.
+
+# %%
+def check_general(H, n_ssm, dt_transform, real_transform, imag_transform, is_real,
+                  deterministic, init, rate, **switches):
+    """Raise ValueError for options of GeneralSSM that cannot be."""
+    require_count("n_ssm", n_ssm)
+    require(H % n_ssm == 0, f"n_ssm is {n_ssm}", f"divisors of {H}")
+    require_choice("dt_transform", dt_transform, ("exp", "softplus"))
+    require_choice("real_transform", real_transform, tuple(POSITIVE))
+    require_choice("imag_transform", imag_transform, tuple(IMAGINARY))
+    switches |= dict(is_real=is_real, deterministic=deterministic)
+    for name, value in switches.items():
+        require(isinstance(value, bool), f"{name} is {value!r}", "True, False")
+    if is_real:
+        require(init == "real", f"is_real with init {init!r}", "init 'real'")
+    if deterministic:
+        require(init != "rand", "deterministic with init 'rand'", "any other init")
+    if real_transform == "sigmoid":  # -Re A ends at 1
+        require(init != "real", "real_transform 'sigmoid' with init 'real'", "others")
+    require(0 < rate < math.inf, f"rate is {rate}", "0 < rate, finite")
+
+
+# %% [markdown]
+# The class makes `n_ssm` systems as Part 8 does and stores their numbers in the chosen
+# forms. Its `system` reads them back and copies them to the $H$ channels. All that
+# Parts 3 to 6 can do with a system they do with this one.
+
+# %%
+class GeneralSSM(S4D):
+    """n_ssm systems for H channels. log_dt, log_A_real, A_imag hold the stored numbers
+    of each system, C (*heads, H, N/2), D (channels, H). S4's repository, s4.py.
+    """
+
+    def __init__(self, H, d_state, channels=1, bidirectional=False, *, n_ssm=None,
+                 dt_tie=True, dt_transform="exp", real_transform="exp",
+                 imag_transform="none", is_real=False, deterministic=False, rate=1.0,
+                 init="legs", dt_min=0.001, dt_max=0.1, rngs, **options):
+        n_ssm = H if n_ssm is None else n_ssm
+        check_general(H, n_ssm, dt_transform, real_transform, imag_transform, is_real,
+                      deterministic, init, rate, dt_tie=dt_tie)
+        modes = 2 * d_state if is_real else d_state
+        super().__init__(n_ssm, modes, init=init, dt_min=dt_min, dt_max=dt_max,
+                         final_act=None, rngs=rngs, **options)
+        self.is_real, self.rate, self.copies = is_real, rate, H // n_ssm
+        self.dt, store_dt = POSITIVE[dt_transform]
+        self.decay, store_decay = POSITIVE[real_transform]
+        self.frequency, store_frequency = IMAGINARY[imag_transform]
+        shape = (n_ssm,) if dt_tie else self.A_imag.shape
+        chance = None if deterministic else rngs.params
+        dt = dt_min * (dt_max / dt_min) ** spread(shape, chance)
+        self.log_dt = nnx.Param(store_dt(dt))
+        self.log_A_real = nnx.Param(store_decay(jnp.exp(self.log_A_real[...])))
+        self.A_imag = nnx.Param(store_frequency(self.A_imag[...]))
+        heads = (2,) * bidirectional + (channels,) * (channels > 1)
+        self.start_outputs((*heads, H), (channels,) * (channels > 1) + (H,), chance)
+
+    def start_outputs(self, C_shape, D_shape, chance):
+        """Make C and D, and let go of what real modes do not need."""
+        C = jnp.ones((*C_shape, self.B.shape[1], 1)) * jnp.array([1.0, 0.0])
+        D = jnp.ones(D_shape)
+        if chance:
+            C = jax.random.normal(chance(), C.shape) * 0.5**0.5
+            D = jax.random.normal(chance(), D.shape)
+        if self.is_real:
+            C, self.B = C[..., 0], nnx.Param(self.B[..., 0])
+            del self.A_imag
+        self.C, self.D = nnx.Param(C), nnx.Param(D)
+
+    def system(self):
+        """Return A, B, C (..., H, N/2), complex, and dt (H,), within constraints."""
+        A, dt = -self.decay(self.log_A_real[...]), self.dt(self.log_dt[...]) * self.rate
+        if self.is_real:  # y = 2 Re(C x) counts on a partner
+            A, B, C = A + 0j, self.B[...] + 0j, self.C[...] / 2 + 0j
+        else:
+            A = jax.lax.complex(A, self.frequency(self.A_imag[...]))
+            B, C = (jax.lax.complex(p[..., 0], p[..., 1]) for p in (self.B, self.C))
+        if dt.ndim > 1:  # a dt for each mode: count time in steps
+            A, B, dt = A * dt, B * dt, jnp.ones_like(dt[:, 0])
+        A, B, dt = (jnp.repeat(p, self.copies, axis=0) for p in (A, B, dt))
+        return A, B, C, dt
+
+
+def spread(shape, chance):
+    """Numbers from 0 to 1: random if there is chance (a source of keys), else even."""
+    even = jnp.linspace(0, 1, math.prod(shape)).reshape(shape)
+    return jax.random.uniform(chance(), shape) if chance else even
+
+
+# %% [markdown]
+# ### What surrounds them
+#
+# - `bottleneck`: a linear map first narrows the input to $H$ divided by this number,
+#   and the systems run on what is left. The mixing map widens it again.
+# - `gate`: a second branch, as wide as this number times $H$, goes around the systems
+#   and multiplies their output (gated state spaces, Mehta et al., 2022).
+# - `tie_dropout`: one dropout mask for all samples of a chunk, so that a channel is
+#   absent for the whole of it.
+# - `transposed`: sequences are $(\text{batch}, H, L)$.
+# - `l_max`: the kernel ends after so many steps.
+#
+# Gate and dropout belong to what mixes the outputs:
+
+# %%
+class GeneralMixer(Mixer):
+    """From y (..., L, channels H / bottleneck) and the layer's input u (..., L, H) to
+    the layer's output (..., L, H)."""
+
+    def __init__(self, d_inner, d_model, final_act, dropout, gate, tie_dropout, *, rngs):
+        super().__init__(d_model, final_act, dropout, rngs=rngs)
+        if gate is not None:
+            require_count("gate", gate)
+        width = d_inner if gate is None else gate * d_model
+        fits = self.act or width == d_model
+        given = f"final_act is None with {width} numbers to mix"
+        require(fits, given, f"{d_model}: no gate, bottleneck or channels")
+        linear = functools.partial(nnx.Linear, param_dtype=float, rngs=rngs)
+        if self.act:
+            self.linear = linear(width, self.linear.out_features)
+        if gate is not None:
+            self.gate, self.branch = linear(d_inner, width), linear(d_model, width)
+        self.gated = gate is not None
+        if tie_dropout:
+            self.dropout = nnx.Dropout(dropout, broadcast_dims=(-2,), rngs=rngs)
+
+    def __call__(self, y, u):
+        y = FINAL_ACTS["gelu"](y)
+        if self.gated:
+            y = self.gate(y) * FINAL_ACTS["gelu"](self.branch(u))
+        y = self.dropout(y)
+        return self.act(self.linear(y)) if self.act else y
+
+
+# %% [markdown]
+# A kernel that runs backwards is a causal convolution of the reversed row. It begins
+# one sample ahead, so that the present is not counted twice.
+
+# %%
+def both_ways(u, K):
+    """Convolve u (..., L) with K[0] (..., L) and, strictly ahead, with K[1].
+
+    y_l = sum over j <= l of K[0, l-j] u_j + sum over j > l of K[1, j-l-1] u_j.
+    """
+    ahead = jnp.flip(causal_conv(jnp.flip(u, -1), K[1]), -1)
+    ahead = jnp.pad(ahead[..., 1:], [(0, 0)] * (ahead.ndim - 1) + [(0, 1)])
+    return causal_conv(u, K[0]) + ahead
+
+
+# %% [markdown]
+# The layer itself. Its three ways to run are those of Part 8. Several $C$ are mapped
+# over with `jax.vmap`; the state does not depend on $C$ and is computed once. A layer
+# with two directions would have to know the future, and a kernel that ends is not a
+# state that fades: these two refuse to `step` and to `advance`.
+
+# %%
+def check_around(d_model, bottleneck, channels, l_max, **switches):
+    """Raise ValueError for options of GeneralS4D that cannot be."""
+    for name, value in dict(d_model=d_model, channels=channels).items():
+        require_count(name, value)
+    for name, value in dict(bottleneck=bottleneck, l_max=l_max).items():
+        if value is not None:
+            require_count(name, value)
+    fits = d_model % (bottleneck or 1) == 0
+    require(fits, f"bottleneck is {bottleneck}", f"divisors of {d_model}")
+    for name, value in switches.items():
+        require(isinstance(value, bool), f"{name} is {value!r}", "True, False")
+
+
+class GeneralS4D(GeneralSSM):
+    """S4D with all options. u and y (batch, L, H), or (batch, H, L) if transposed; x
+    (batch, H / bottleneck, N/2), or N real numbers if is_real.
+
+    Options: those of S4D and bidirectional, channels, n_ssm, dt_tie, dt_transform,
+    real_transform, imag_transform, is_real, deterministic, bottleneck, gate,
+    tie_dropout, transposed, l_max, rate. Raises ValueError for what cannot be.
+    """
+
+    def __init__(self, d_model, d_state=64, *, dropout=0.0, final_act="glu",
+                 bidirectional=False, channels=1, bottleneck=None, gate=None,
+                 tie_dropout=False, transposed=False, l_max=None, rngs, **options):
+        check_around(d_model, bottleneck, channels, l_max, bidirectional=bidirectional,
+                     tie_dropout=tie_dropout, transposed=transposed)
+        H = d_model // (bottleneck or 1)
+        super().__init__(H, d_state, channels, bidirectional, rngs=rngs, **options)
+        self.mixer = GeneralMixer(
+            channels * H, d_model, final_act, dropout, gate, tie_dropout, rngs=rngs)
+        self.bottleneck = bottleneck is not None
+        if self.bottleneck:
+            self.narrow = nnx.Linear(d_model, H, param_dtype=float, rngs=rngs)
+        self.d_model, self.shape = d_model, (H, self.log_A_real.shape[-1])
+        self.channels, self.directions = channels, 1 + bidirectional
+        self.transposed, self.l_max = transposed, l_max
+
+    def kernel(self, L):
+        """Return K (*heads, H, L); heads are (2,) if bidirectional, then channels."""
+        short = min(L, self.l_max or L)
+        K = super().kernel(short)
+        return jnp.pad(K, [(0, 0)] * (K.ndim - 1) + [(0, L - short)])
+
+    def enter(self, u, lengths):
+        """Check a sequence. Returns u (batch, L, H), v (batch, H / bottleneck, L), the
+        systems' input, zero after the end of a row, and lengths."""
+        if self.transposed:
+            require(u.ndim == 3, f"u has shape {u.shape}", "(batch, H, L)")
+            u = u.swapaxes(1, 2)
+        lengths = check_sequence(u, self.d_model, lengths)
+        v = self.narrow(u) if self.bottleneck else u
+        return u, masked(v, lengths).swapaxes(1, 2), lengths
+
+    def leave(self, y, v, u, lengths):
+        """Mix y (batch, channels, H / bottleneck, L), the systems' output."""
+        D = self.D[...].reshape(self.channels, -1, 1)
+        y = (y + D * v[:, None]).reshape(len(y), -1, y.shape[-1])
+        y = masked(self.mixer(y.swapaxes(1, 2), u), lengths)
+        return y.swapaxes(1, 2) if self.transposed else y
+
+    def __call__(self, u, lengths=None):
+        u, v, lengths = self.enter(u, lengths)
+        K = self.kernel(v.shape[-1])
+        K = K.reshape(self.directions, self.channels, *K.shape[-2:])
+        w = v[:, None]  # (batch, 1, H / bottleneck, L)
+        y = both_ways(w, K) if self.directions == 2 else causal_conv(w, K[0])
+        return self.leave(y, v, u, lengths)
+
+    def init_state(self, batch):
+        x = super().init_state(batch)
+        return x.real if self.is_real else x
+
+    def run(self, take, x, v, *lengths):
+        """Take a step or a chunk with each C. Returns x, y (batch, channels, ...)."""
+        allowed = "calls; step and advance cannot know the future"
+        require(self.directions == 1, "the layer is bidirectional", allowed)
+        allowed = "calls; the state of step and advance has no end"
+        require(self.l_max is None, f"the kernel ends at l_max {self.l_max}", allowed)
+        shape = (len(v), *self.shape)
+        require(x.shape == shape, f"x has shape {x.shape}", f"{shape}")
+        A, B, C, dt = self.system()
+
+        def one(C):
+            return take(A, B, C, dt, x + 0j, v, *lengths, self.method)
+
+        x, y = jax.vmap(one, out_axes=(None, 1))(C.reshape(self.channels, *self.shape))
+        return x.real if self.is_real else x, y
+
+    def step(self, x, u):
+        require(u.ndim == 2, f"u has shape {u.shape}", f"(batch, {self.d_model})")
+        one = u[:, :, None] if self.transposed else u[:, None]
+        w, v, lengths = self.enter(one, None)
+        x, y = self.run(s4d_step, x, v[..., 0])
+        return x, self.leave(y[..., None], v, w, lengths).reshape(u.shape)
+
+    def advance(self, x, u, lengths=None, every=False):
+        u, v, lengths = self.enter(u, lengths)
+        x, y = self.run(s4d_every if every else s4d_advance, x, v, lengths)
+        return x, self.leave(y, v, u, lengths)
+
+
+# %% [markdown]
+# First, that nothing has changed: with the defaults and the same parameters it is the
+# layer of Part 8. Then a layer with many options at once keeps the contract. Last, the
+# sampling rate: on every second sample of a smooth signal, with `rate=2`, the systems
+# give nearly the same outputs. Not exactly, as the hold is coarser.
+
+# %%
+if RUN:
+    v = jax.random.normal(jax.random.key(1), (2, 100, 4))
+    plain, general = (make(4, 16, rngs=nnx.Rngs(0)) for make in (S4D, GeneralS4D))
+    nnx.update(general, nnx.state(plain, nnx.Param))
+    agree("GeneralS4D, defaults", call(general, v), "S4D", call(plain, v))
+    many = dict(channels=3, n_ssm=1, bottleneck=2, gate=2, dt_tie=False, rate=2.0)
+    many |= dict(real_transform="softplus", init="lin", discretization="bilinear")
+    general = GeneralS4D(4, 16, **many, rngs=nnx.Rngs(0))
+    x, y = run_steps(general, v)
+    agree("many options, stepped", y, "called", call(general, v), 5e-5)
+    real = GeneralS4D(4, 16, init="real", is_real=True, rngs=nnx.Rngs(0))
+    agree("real modes, stepped", run_steps(real, v)[1], "called", call(real, v))
+    smooth = jnp.sin(jnp.linspace(0, 6, 2000))[None, :, None] * jnp.ones((1, 1, 4))
+    fine, coarse = (
+        GeneralS4D(4, 16, rate=rate, final_act=None, rngs=nnx.Rngs(0))
+        for rate in (1.0, 2.0)
+    )
+    seconds = call(coarse, smooth[:, ::2])
+    agree("every second sample", seconds, "all samples", call(fine, smooth)[:, ::2], 0.02)
+
+
+# %% [markdown]
+# *What stands: one layer with every option that the known implementations offer, under
+# the one contract. Exercise: `n_ssm=1` with `channels` equal to $H$ and a bottleneck of
+# $H$ is a single system with many outputs. Which of the two, that or $H$ systems with
+# one output each, has more parameters?*
+
+# %% [markdown]
 # ## Appendix C: How this file shows itself
 #
 # This article is a Python file in which comments that begin with `# %%` divide prose
