@@ -56,6 +56,7 @@
 # | 8, 9, 10 Layer, block, model | a neural network |
 # | 11 Training | handwritten digits, read one pixel at a time |
 # | Closing | all views agree; where we deviate from the papers; exercises |
+# | Appendix B | what S4D left out: DSS and S4 |
 # | Appendix C | how this file shows itself |
 #
 # ### Setup
@@ -90,6 +91,7 @@ import hashlib
 import html
 import inspect
 import io
+import json
 import math
 import threading
 import time
@@ -2137,18 +2139,29 @@ if RUN:
 #
 # All but S4D acts on single samples, so the block inherits its three ways to run, and
 # its causality: output $l$ depends on inputs $0 \dots l$ and nothing later.
+#
+# A block asks for its layer by name. `LAYERS` is the list of names, and so far it is
+# short. Appendix B adds two relatives of S4D, and then everything that is built of
+# blocks can be built of them: `kernel="s4"` is an option like any other.
 
 # %%
+LAYERS = {"s4d": S4D}
+
+
 class S4DBlock(nnx.Module):
     """LayerNorm, S4D, residual; LayerNorm, FFN, residual. Methods and shapes as S4D,
     but what stands after the end of a row is not zero and has no meaning.
 
-    The FFN is expand * d_model wide. Options are those of S4D.
+    kernel is a name in LAYERS. The FFN is expand * d_model wide. Other options are
+    those of the layer.
     """
 
-    def __init__(self, d_model, d_state=64, *, expand=2, dropout=0.0, rngs, **options):
+    def __init__(self, d_model, d_state=64, *, kernel="s4d", expand=2, dropout=0.0,
+                 rngs, **options):
+        require_choice("kernel", kernel, tuple(LAYERS))
         require_count("expand", expand)
-        self.ssm = S4D(d_model, d_state, dropout=dropout, rngs=rngs, **options)
+        layer = functools.partial(LAYERS[kernel], d_model, d_state, rngs=rngs)
+        self.ssm = layer(dropout=dropout, **options)
         floats = dict(param_dtype=float, rngs=rngs)
         self.norm_ssm, self.norm_ffn = (nnx.LayerNorm(d_model, **floats) for _ in "12")
         self.up = nnx.Linear(d_model, expand * d_model, **floats)
@@ -2702,10 +2715,10 @@ if RUN:
 # random generator of their own, a faster one.
 
 # %%
-def digit_model(seed=0):
+def digit_model(seed=0, **options):
     """Return the untrained classifier of this page, 64 pixels to ten classes."""
     rngs = nnx.Rngs(seed, dropout=jax.random.key(seed, impl="rbg"))
-    return S4DModel(1, 10, d_model=64, d_state=64, n_layers=3, dropout=0.1, rngs=rngs)
+    return S4DModel(1, 10, 64, 64, 3, dropout=0.1, rngs=rngs, **options)
 
 
 def train_digits(seed=0, watch=None):
@@ -2971,6 +2984,9 @@ if RUN:
 # | $B$ | fixed to 1 in the minimal code | learned, starts at 1 | its gradient is there anyway |
 # | LegS | $B/2$ of HiPPO in the eigenbasis | $B = 1$ for every start, as in the authors' code | $C$ is random |
 # | block | S4D, GLU, residual | the same and an FFN | as in a Transformer |
+# | DSS | softmax over the length of each call, $\Re A$ free | over `l_max`, $\Re A < 0$ | a step does not know the length; no division by zero |
+# | S4 | learns $\tilde C = C(I - \bar A^L)$ for one $L$ | learns $C$, computes $\tilde C$ | any length, and the recurrence needs $C$ |
+# | S4 | complex64 | double precision inside | agrees with its recurrence |
 #
 # ### More to try
 #
@@ -2993,6 +3009,8 @@ if RUN:
 #   Spaces](https://arxiv.org/abs/2111.00396). 2021. (S4)
 # - A. Gu, T. Dao, S. Ermon, A. Rudra, C. Ré. [HiPPO: Recurrent Memory with Optimal
 #   Polynomial Projections](https://arxiv.org/abs/2008.07669). 2020.
+# - K. Goel, A. Gu, C. Donahue, C. Ré. [It's Raw! Audio Generation with State-Space
+#   Models](https://arxiv.org/abs/2202.09729). 2022. (the stable form of S4)
 # - J. T. H. Smith, A. Warrington, S. W. Linderman. [Simplified State Space Layers for
 #   Sequence Modeling](https://arxiv.org/abs/2208.04933). 2022. (S5, the parallel scan)
 # - S. Rush, S. Karamcheti. [The Annotated S4](https://srush.github.io/annotated-s4/).
@@ -3354,6 +3372,515 @@ if RUN:
 # one output each, has more parameters?*
 
 # %% [markdown]
+# ## Appendix B: What S4D left out: DSS and S4
+#
+# S4D has two ancestors. *S4* keeps the matrix of LegS whole, at the price of a long
+# computation. *DSS* was the first to drop all but a diagonal, and wrapped its kernel in
+# a softmax. Here are both, as kernels, as recurrences and as layers, so that what S4D
+# left out can be read, run and measured.
+#
+# Both lose digits where S4D would, in powers of $\bar A$ and in small differences.
+# S4D's own cures do not fit them, so they compute in double precision, on whatever the
+# caller has. JAX can switch precision in the middle of a function, but it takes the
+# gradient later, when the switch is off again. `in_double` therefore says itself how
+# the gradient is to be computed: in double precision, too. (Forward derivatives,
+# `jax.jvp`, are thereby refused.)
+
+# %%
+def in_double(f):
+    """Make f, a function of real and complex arrays, work in double precision.
+
+    Arguments and results have the precision of JAX; so has the gradient (reverse mode).
+    """
+
+    def cast(values, real):
+        kinds = {"c": jnp.result_type(real, 1j)}
+        return jax.tree.map(lambda v: v.astype(kinds.get(v.dtype.kind, real)), values)
+
+    def forward(*args):
+        real = jnp.result_type(float)
+        with jax.enable_x64(True):
+            y, pull = jax.vjp(f, *cast(args, jnp.float64))
+            return cast(y, real), pull
+
+    def backward(pull, dy):
+        real = jnp.result_type(float)
+        with jax.enable_x64(True):
+            return cast(pull(cast(dy, jnp.float64)), real)
+
+    g = jax.custom_vjp(lambda *args: forward(*args)[0])
+    g.defvjp(forward, backward)
+    return lambda *args: g(*cast([*map(jnp.asarray, args)], jnp.result_type(float)))
+
+
+# %% [markdown]
+# ### DSS: a softmax over time
+#
+# DSS (Gupta, Gu and Berant, 2022) learns poles $A_n$ and weights $W_n$. Each mode is a
+# softmax over the steps, so that its entries add up to one whatever the pole:
+#
+# $$
+# K_l = 2\,\Re \sum_n \frac{W_n}{A_n} \, \frac{e^{l \Delta A_n}}{\sum_{r<L} e^{r \Delta A_n}} .
+# $$
+#
+# The sum in the denominator is a geometric series, $(e^{L\Delta A_n} - 1) / (e^{\Delta A_n} - 1)$.
+# Put it in, and
+#
+# $$
+# K_l = 2\,\Re \sum_n \underbrace{\frac{W_n}{e^{L\Delta A_n} - 1}}_{C_n} \;
+# \underbrace{\frac{e^{\Delta A_n} - 1}{A_n}}_{\bar B_n} \; e^{l \Delta A_n} .
+# $$
+#
+# That is S4D with zero-order hold, whose $C$ has been divided by $e^{L\Delta A} - 1$. The
+# softmax changes which numbers are learned, and no kernel that they can make.
+#
+# A stable softmax subtracts the largest exponent first. For a mode that fades it is the
+# one of $l = 0$, which is zero already. For a mode that grows, $\Re A_n > 0$, it is that
+# of the last step: counted from there backwards the mode fades, with the pole $-A_n$.
+# So the kernel of a growing mode is a fading one, read from its end.
+
+# %%
+def dss_norm(A, dt, L):
+    """Compute e^{dt A L} - 1, (..., N/2). A (..., N/2), dt (...), L a number."""
+    return in_double(lambda A, dt: jnp.expm1(L * dt[..., None] * A))(A, dt)
+
+
+@functools.partial(jax.jit, static_argnames="L")
+def dss_kernel(A, W, dt, L):
+    """Compute the DSS kernel K (..., L), with a softmax over all L steps.
+
+    A, W (..., N/2) complex, A not zero, dt (...), L >= 1. Raises ValueError for another
+    L. DSS paper, proposition 1(b).
+    """
+    require_count("L", L)
+    A, W, dt = map(jnp.asarray, (A, W, dt))
+    grows = A.real > 0
+    fading, B = jnp.where(grows, -A, A), jnp.ones_like(A)
+    C = W / dss_norm(fading, dt, L)  # (..., N/2)
+    forwards = s4d_kernel(fading, B, jnp.where(grows, 0, C), dt, L)
+    backwards = s4d_kernel(fading, B, jnp.where(grows, -C, 0), dt, L)
+    return forwards + backwards[..., ::-1]
+
+
+# %% [markdown]
+# Three witnesses: the softmax by its definition, where one mode of eight grows by
+# $e^{90}$; S4D with the divided $C$; and the same system as a dense real matrix, a 2 by
+# 2 block for each pair. The recurrence is S4D's.
+
+# %%
+def dense_pairs(A, B, C):
+    """The real system of one of each pair: A (N, N), B and C (N,), float64."""
+    A, B, C = (np.asarray(v, complex) for v in (A, B, C))
+    blocks = [[[a.real, -a.imag], [a.imag, a.real]] for a in A]
+    B, C = np.stack([B.real, B.imag], -1), np.stack([2 * C.real, -2 * C.imag], -1)
+    return scipy.linalg.block_diag(*blocks), B.ravel(), C.ravel()
+
+
+if RUN:
+    A, L, noise = np.array(s4d_init("legs", 16)), 400, np.random.default_rng(0)
+    W, dt, noise = noise.normal(size=(2, 8)).T @ [1, 1j], 0.01, noise.normal(size=400)
+    wild = np.where(np.arange(8) == 3, 45 - A, A)  # one of them grows
+    z = np.outer(np.arange(L) * dt, wild.astype(complex))
+    softmax = np.exp(z) / np.exp(z).sum(0)  # (L, N/2)
+    by_hand = 2 * (softmax @ (W / wild)).real
+    agree("DSS kernel", dss_kernel(wild, W, dt, L), "softmax", by_hand)
+    B, C, K = np.ones(8) + 0j, W / np.expm1(L * dt * A), dss_kernel(A, W, dt, L)
+    agree("DSS kernel", K, "S4D with C divided", s4d_kernel(A, B, C, dt, L))
+    with jax.enable_x64(True):
+        *A_and_B, C_dense = dense_pairs(A, B, C)
+        agree("DSS kernel", K, "dense",
+              ssm_kernel(*ssm_discretize(*A_and_B, dt), C_dense, L))
+    y, _ = s4d_recurrence(*s4d_discretize(A, B, jnp.float32(dt)), C, noise)
+    agree("DSS recurrence", y, "convolution", causal_conv(noise, K))
+
+
+# %% [markdown]
+# Which $L$ belongs to the softmax of a layer? If it were the length of each call, the
+# same parameters would be another system for every length. A stream, which has no
+# length, could not run it at all, and convolution and step would disagree. So the
+# length is an option, `l_max`, and part of the model. Sequences may be shorter or
+# longer than it.
+#
+# That decided, the layer is S4D with another `system`. In it $W = C B$: `B` still
+# learns, as in S4D. $\Re A$ is negative, as in S4D; so nothing grows, and the divisor
+# cannot be zero. (On the imaginary axis it can. The authors, who leave the poles free,
+# keep away from zero by a small constant.)
+
+# %%
+class DSS(S4D):
+    """S4D with C divided by e^{dt A l_max} - 1: a softmax over l_max steps.
+
+    Options as S4D, but the bilinear rule has no softmax and is refused.
+    """
+
+    def __init__(self, d_model, d_state=64, *, l_max=1024, discretization="zoh", rngs,
+                 **options):
+        require_count("l_max", l_max)
+        require_choice("discretization", discretization, ("zoh",))
+        super().__init__(d_model, d_state, rngs=rngs, **options)
+        self.l_max = l_max
+
+    def system(self):
+        A, B, C, dt = super().system()
+        return A, B, C / dss_norm(A, dt, self.l_max), dt
+
+
+LAYERS["dss"] = DSS
+
+
+# %% [markdown]
+# ### S4: the term that S4D drops
+#
+# In Part 7 LegS was a matrix with good eigenvectors, minus $\tfrac12 B B^\top$. S4 keeps
+# both. In the basis of the eigenvectors $V$, with $P = V^* B / \sqrt 2$, the system is
+#
+# $$
+# x' = \Lambda x - P\,(P^* x) + \tilde B u , \qquad \tilde B = V^* B, \quad \tilde C = C V.
+# $$
+#
+# The matrix $\Lambda - P P^*$ is *diagonal plus low rank* (DPLR). Engineers would call
+# the second term feedback: one number, $s = P^* x$, is measured and fed back with a
+# minus sign. The modes that did not talk to each other now talk through $s$. (S4 itself
+# has $-PQ^*$ with a free $Q$. With $Q = P$ the feedback can only brake, and the system
+# is stable for every $P$; Goel et al., 2022.)
+#
+# $V$ comes in conjugate pairs, and so do $\Lambda$, $P$, $\tilde B$ and $\tilde C$. One of
+# each is stored, as before. Then $s$ is a sum over pairs, $2\,\Re \sum_n \bar P_n x_n$,
+# as the output is.
+
+# %%
+def legs_dplr(N):
+    """LegS as diagonal plus low rank: Lambda, P, B (N/2,) and V (N, N/2), N even.
+
+    In its own basis the state is 2 Re V x.
+    """
+    poles, V = legs_normal(N)
+    poles, V = poles[N // 2 :], V[:, N // 2 :]  # the upper of each pair
+    B = V.conj().T @ hippo_legs(N)[1]
+    return poles, B / 2**0.5, B, V
+
+
+def readout(C, x):
+    """Compute 2 Re sum_n C_n x_n. (..., N/2) to (...)"""
+    return 2 * (C * x).sum(-1).real
+
+
+# %% [markdown]
+# **A step.** The bilinear rule asks for $(I - \tfrac\Delta2 A)^{-1}$, the inverse of
+# something diagonal plus $\tfrac\Delta2 P P^*$. That is a case for Woodbury's formula:
+# invert the diagonal, $F = (I - \tfrac\Delta2 \Lambda)^{-1}$, and correct for the
+# feedback, which costs one number,
+#
+# $$
+# \big(I - \tfrac\Delta2 A\big)^{-1} v
+# = F v - F P \, \frac{\tfrac\Delta2 \, P^* F v}{1 + \tfrac\Delta2 \, P^* F P} .
+# $$
+#
+# So a step costs $O(N)$, and never sees a matrix. The rule is applied to the change of
+# the state, $x_k - x_{k-1} = (I - \tfrac\Delta2 A)^{-1} \Delta\,(A x_{k-1} + B u_k)$,
+# which is the same equation, but a small change keeps its digits.
+
+# %%
+def dplr_step(A, P, B, dt, x, u):
+    """Return the state after one bilinear step. A (Lambda), P, B, x (..., N/2),
+    dt and u (...)."""
+    half, P_star = dt / 2, P.conj()
+    F = 1 / (1 - half[..., None] * A)  # (..., N/2)
+    s = readout(P_star, x)[..., None]
+    v = F * dt[..., None] * (A * x - P * s + B * u[..., None])
+    s = half * readout(P_star, v) / (1 + half * readout(P_star, F * P))
+    return x + (v - F * P * s[..., None])
+
+
+@jax.jit
+def s4_step(A, P, B, C, dt, x, u):
+    """Take one step. A (Lambda), P, B, C (H, N/2), dt (H,), x (..., H, N/2),
+    u (..., H). Returns the new x, and y (..., H)."""
+    x = in_double(dplr_step)(A, P, B, dt, x, u)
+    return x, readout(C, x)
+
+
+# %% [markdown]
+# **The kernel** is harder. Powers of $\bar A$ are no longer powers of numbers. S4 takes
+# a way around through frequencies. The *generating function* of the kernel is
+# $\hat K(z) = \sum_{l<L} K_l z^l$. At the $L$ roots of unity $z = e^{-2\pi i k/L}$ it is
+# the Fourier transform of $K$, and an inverse FFT gives $K$ back. And it is a geometric
+# series, of matrices:
+#
+# $$
+# \hat K(z) = \sum_{l<L} C \bar A^l \bar B\, z^l
+# = \tilde C \, (I - \bar A z)^{-1} \bar B ,
+# \qquad \tilde C = C\,(I - \bar A^L),
+# $$
+#
+# since $z^L = 1$. All powers have become one inverse, and one power, $\bar A^L$. Put in
+# the bilinear rule and multiply by $I - \tfrac\Delta2 A$:
+#
+# $$
+# \hat K(z) = \Delta\, \tilde C \, \big( (1 - z)\, I - \tfrac\Delta2 (1 + z)\, A \big)^{-1} B .
+# $$
+#
+# The papers go on and divide by $1 + z$, which is zero at $z = -1$, a root of unity for
+# every even $L$. We take a factor $e^{-i\theta/2}$ out of $z = e^{-i\theta}$ instead:
+# $1 - z$ becomes $2i \sin\tfrac\theta2$ and $1 + z$ becomes $2 \cos\tfrac\theta2$. Nothing
+# is subtracted, and nothing is divided by zero. With
+# $R_n = 1 / (2i \sin\tfrac\theta2 - c \lambda_n)$ and $c = \Delta \cos\tfrac\theta2$,
+# Woodbury again:
+#
+# $$
+# \hat K = \Delta\, e^{i\theta/2} \Big( \tilde C R B
+#   - \tilde C R P \; \frac{c\; P^* R B}{1 + c\; P^* R P} \Big) .
+# $$
+#
+# Each of the four products is a sum $\sum_n v_n / (\sigma - \lambda_n)$ up to a factor,
+# for all frequencies at once: a *Cauchy* matrix where S4D has a Vandermonde matrix.
+#
+# One caution. Here $2\,\Re$ does not do: $\theta$ makes the sums complex, and the
+# partner's term is not the conjugate. So the kernel sums over both of each pair. In
+# return $K$ is real, and half of the frequencies are enough.
+
+# %%
+def dplr_kernel(A, P, B, C, dt, L):
+    """Compute K (..., L) by its generating function. As `s4_kernel`, in one precision."""
+
+    def both(v):
+        return jnp.concatenate([v, v.conj()], -1)
+
+    C = truncated(A, P, C, dt, L)
+    half = jnp.pi / L * jnp.arange(L // 2 + 1)  # theta / 2
+    c = dt[..., None] * jnp.cos(half)  # (..., L/2 + 1)
+    R = 1 / (2j * jnp.sin(half) - c[..., None, :] * both(A)[..., None])
+    products = C * B, C * P, P.conj() * B, P.conj() * P
+    products = jnp.stack(jnp.broadcast_arrays(*products), -2)  # (..., 4, N/2)
+    CB, CP, PB, PP = jnp.moveaxis(both(products) @ R, -2, 0)  # each (..., L/2 + 1)
+    K_hat = dt[..., None] * jnp.exp(1j * half) * (CB - CP * c * PB / (1 + c * PP))
+    return jnp.fft.irfft(K_hat, L)
+
+
+# %% [markdown]
+# What remains is $\tilde C = C (I - \bar A^L)$. The authors learn $\tilde C$ itself, and
+# thereby choose one $L$ for good. Our $C$ is the true one, which the recurrence needs, so
+# $\bar A^L$ must be computed, for each length anew. It is a dense matrix. Its rows are
+# what a step makes of the unit vectors of $\Re x$ and $\Im x$, so it is real; repeated
+# squaring makes the power from $\log_2 L$ products. This is $O(N^3 \log L)$ for each
+# channel, and at small $L$ most of the time.
+
+# %%
+def truncated(A, P, C, dt, L):
+    """Compute C (I - A_bar^L), (..., N/2), with a dense real A_bar (..., N, N)."""
+    I, half = jnp.eye(2 * A.shape[-1]), A.shape[-1]
+    units = jax.lax.complex(I[:, :half], I[:, half:])  # (N, N/2)
+    A, P, dt = A[..., None, :], P[..., None, :], dt[..., None]
+    x = dplr_step(A, P, jnp.zeros_like(A), dt, units, jnp.zeros(()))  # (..., N, N/2)
+    A_bar = jnp.concatenate([x.real, x.imag], -1)  # (..., N, N)
+    c = jnp.concatenate([C.real, -C.imag], -1)[..., None]  # Re C x = c . (Re x, Im x)
+    c = (c - jnp.linalg.matrix_power(A_bar, L) @ c)[..., 0]
+    return jax.lax.complex(c[..., :half], -c[..., half:])
+
+
+@functools.partial(jax.jit, static_argnames="L")
+def s4_kernel(A, P, B, C, dt, L):
+    """Compute the kernel K (..., L), real, of Lambda - P P^*, by the bilinear rule.
+
+    A (Lambda), P, B, C (..., N/2), one of each conjugate pair, dt (...), L >= 1.
+    Raises ValueError for another L. S4 paper, appendix C.3.
+    """
+    require_count("L", L)
+    return in_double(functools.partial(dplr_kernel, L=L))(A, P, B, C, dt)
+
+
+# %% [markdown]
+# The witness is the dense system of Part 7, without a complex number: LegS, the
+# bilinear rule of Part 2, the kernel of Part 4. An even and an odd length, a coarse and a
+# fine step.
+
+# %%
+if RUN:
+    A, P, B, V = legs_dplr(16)
+    C = np.random.default_rng(0).normal(size=16)
+    for L, dt in ((1000, 0.01), (75, 1e-4), (1, 0.1)):
+        with jax.enable_x64(True):
+            dense = ssm_discretize(*hippo_legs(16), dt, "bilinear")
+            K = ssm_kernel(*dense, C, L)
+            exact = s4_kernel(A, P, B, C @ V, dt, L)
+        agree(f"S4, L = {L}, dt = {dt}", s4_kernel(A, P, B, C @ V, dt, L), "LegS", K)
+        agree("the same in float64", exact, "LegS", K, 1e-10)
+
+
+# %% [markdown]
+# A chunk is a scan of steps, in which a row that has ended keeps its state. S4 has no
+# short way to the state at the end, as S4D has.
+
+# %%
+@jax.jit
+def s4_advance(A, P, B, C, dt, x, u, lengths):
+    """Take a chunk of steps, one by one. A (Lambda), P, B, C (H, N/2), dt (H,),
+    x (batch, H, N/2), u (batch, L, H), lengths (batch,).
+
+    Returns the state after lengths[i] samples of row i, and y (batch, L, H).
+    """
+
+    def step(x, sample):
+        l, u_l = sample
+        new, y = s4_step(A, P, B, C, dt, x, u_l)
+        return jnp.where((l < lengths)[:, None, None], new, x), y
+
+    x, y = jax.lax.scan(step, x, (jnp.arange(u.shape[1]), u.swapaxes(0, 1)))
+    return x, y.swapaxes(0, 1)
+
+
+# %% [markdown]
+# The layer starts at LegS, with random $C$. All parameters learn, and $\Re \Lambda$ is
+# negative by its logarithm. The call is inherited. `P` joins the parameters that the
+# optimizer of Part 11 moves with care.
+
+# %%
+class S4(S4D):
+    """H systems Lambda - P P^*, begun at HiPPO-LegS, and a mixing map.
+
+    Shapes and options as S4D, but init is "legs" and discretization "bilinear".
+    """
+
+    def __init__(self, d_model, d_state=64, *, init="legs", discretization="bilinear",
+                 rngs, **options):
+        require_choice("init", init, ("legs",))
+        require_choice("discretization", discretization, ("bilinear",))
+        options |= dict(init=init, discretization=discretization)
+        super().__init__(d_model, d_state, rngs=rngs, **options)
+        _, *P_and_B, _ = legs_dplr(d_state)
+        pairs = [jnp.stack([v.real, v.imag], -1) for v in P_and_B]  # (N/2, 2)
+        self.P, self.B = (nnx.Param(jnp.tile(v, (d_model, 1, 1))) for v in pairs)
+
+    def system(self):
+        """Return A (Lambda), P, B, C (H, N/2), complex, and dt (H,)."""
+        A, *rest = super().system()
+        return A, jax.lax.complex(self.P[..., 0], self.P[..., 1]), *rest
+
+    def kernel(self, L):
+        return s4_kernel(*self.system(), L)
+
+    def step(self, x, u):
+        check_state(x, u, *self.A_imag.shape)
+        x, y = s4_step(*self.system(), x, u)
+        return x, self.mixer(y + self.D[...] * u)
+
+    def advance(self, x, u, lengths=None):
+        lengths = check_sequence(u, len(self.D), lengths)
+        check_state(x, u[:, 0], *self.A_imag.shape)
+        x, y = s4_advance(*self.system(), x, u, lengths)
+        return x, masked(self.mixer(y + self.D[...] * u), lengths)
+
+
+LAYERS["s4"] = S4
+SSM_PARAMETERS += ("P",)
+
+# %% [markdown]
+# The contract of Part 8, for both layers: whole, step by step, in two chunks, and with a
+# padded row. Models are made of them by name; the last line of each counts a backbone.
+
+# %%
+if RUN:
+    v, full = jax.random.normal(jax.random.key(1), (2, 100, 4)), jnp.array([50, 50])
+    for name in ("dss", "s4"):
+        layer = LAYERS[name](4, 16, rngs=nnx.Rngs(0))
+        x, y = run_steps(layer, v)
+        agree(f"{name}, step by step", y, "called", call(layer, v))
+        x50, first = advance(layer, layer.init_state(2), v[:, :50], full)
+        x100, last = advance(layer, x50, v[:, 50:], full)
+        agree(f"{name}, in chunks", np.hstack([first, last]), "step by step", y)
+        agree("state after the chunks", x100, "after the steps", x)
+        row, _ = advance(layer, layer.init_state(2), v[:, :50], jnp.array([37, 50]))
+        x37, _ = run_steps(layer, v[:, :37])
+        agree("state of a padded row of 37", row[0], "after 37 steps", x37[0])
+        print("parameters of a backbone:", param_count(8, 32, 16, 2, kernel=name))
+
+
+# %% [markdown]
+# ### S4 against S4D
+#
+# The paper of S4D compares the two in a table. Here is ours, measured. *Code* counts
+# lines of the functions behind a kernel, without docstrings, comments and blank lines.
+# S4D has two kernels: the plain one of Part 5, and the one that the layer runs, with the
+# tables and exact angles of Part 6.
+
+# %%
+def code_lines(functions):
+    """Count the lines of code of functions."""
+    code = [re.sub(r'(?s)""".*?"""', "", inspect.getsource(f)) for f in functions]
+    return sum(bool(re.match(r"\s*[^\s#]", l)) for l in "\n".join(code).splitlines())
+
+
+def kernel_code():
+    """Lines of a plain kernel and of the one that the layer runs, for each name."""
+    S4D_plain = {vandermonde_kernel, s4d_discretize, phi}
+    S4D_fast = {s4d_kernel, mode_sum, pole_powers, pole_powers.jvp, log_poles, circle,
+                s4d_discretize, phi}
+    S4_plain = {s4_kernel, dplr_kernel, truncated, dplr_step, readout}
+    both = {"s4d": (S4D_plain, S4D_fast), "s4": (S4_plain, S4_plain | {in_double})}
+    both["dss"] = [{dss_norm, in_double} | functions for functions in both["s4d"]]
+    return {name: tuple(map(code_lines, both[name])) for name in ("s4d", "dss", "s4")}
+
+
+# %% [markdown]
+# *Error* asks how close each comes to LegS. Its first four states answer a smooth input
+# of four seconds, and are compared with the dense system, discretized by the same rule.
+# S4D and DSS have dropped a term and its half of $B$.
+
+# %%
+def legs_error(kernel, N=64, L=4000, dt=0.001):
+    """Largest error of the first four states of LegS for a smooth input, relative."""
+    t, (A, P, B, V) = np.arange(L) * dt, legs_dplr(N)
+    u = np.sin(2 * t) + np.sin(5 * t) * np.exp(-0.2 * t)
+    A, P, B, C, dt = map(jnp.asarray, (A, P, B, V[:4], np.float32(dt)))
+    K = {
+        "s4d": lambda: s4d_kernel(A, B / 2, C, dt, L),
+        "dss": lambda: dss_kernel(A, C * B / 2 * dss_norm(A, dt, L), dt, L),
+        "s4": lambda: s4_kernel(A, P, B, C, dt, L),
+    }[kernel]()
+    rule = "bilinear" if kernel == "s4" else "zoh"
+    with jax.enable_x64(True):
+        dense = ssm_discretize(*hippo_legs(N), float(dt), rule)
+        y = np.asarray(ssm_recurrence(*dense, jnp.eye(4, N), u)[0]).T  # (4, L)
+    return np.abs(np.asarray(causal_conv(jnp.asarray(u), K)) - y).max() / abs(y).max()
+
+
+# %% [markdown]
+# *Accuracy* is that of the classifier of Part 11 with each kernel, same recipe, fewer
+# epochs. It takes long, so it is measured beforehand, with three seeds, by
+# `python tests/measure_kernels.py`, and recorded in `assets/kernels.json`.
+
+# %%
+def kernel_accuracies():
+    """Read what tests/measure_kernels.py recorded. {} if its file is not here."""
+    here = Path(globals().get("__file__", "annotated_s4d.py")).parent
+    for path in (here / "kernels.json", here / "assets" / "kernels.json"):
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+    return {}
+
+
+if RUN:
+    table = {name: [] for name in ("s4d", "dss", "s4")}
+    lines, measured = kernel_code(), kernel_accuracies()
+    rows = ["code, plain kernel", "code, kernel of the layer", "parameters of the SSMs",
+            "ms for a kernel", "error against LegS", "accuracy"]
+    for name, column in table.items():
+        layer = LAYERS[name](64, 64, rngs=nnx.Rngs(0), final_act=None)
+        graph, params = nnx.split(layer)
+        size = sum(p.size for p in jax.tree.leaves(nnx.state(layer, nnx.Param)))
+        time_1024 = best_time(lambda p, g=graph: nnx.merge(g, p).kernel(1024), params)
+        column += [*lines[name], f"{size:,}", f"{1e3 * time_1024:.1f}"]
+        column.append(f"{legs_error(name):.1e}")
+        results = measured.get(name, dict(mean=math.nan, spread=math.nan))
+        column.append("{mean:.1%} ± {spread:.1%}".format(**results))
+    print(" " * 26 + "".join(f"{name:>16s}" for name in table))
+    for row, *entries in zip(rows, *table.values()):
+        print(f"{row:26s}" + "".join(f"{entry:>16}" for entry in entries))
+    if not measured:
+        print("no kernels.json here: python tests/measure_kernels.py makes it")
+
+
+# %% [markdown]
 # ## Appendix C: How this file shows itself
 #
 # This article is a Python file in which comments that begin with `# %%` divide prose
@@ -3543,7 +4070,7 @@ import ast
 import gc
 import html  # noqa: F811
 import importlib
-import json
+import json  # noqa: F811
 import math
 import threading
 import time
