@@ -10,6 +10,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -68,12 +69,15 @@ print(json.dumps(drawn | {"explorer data": explorer_data()}))
 
 
 def execute(notebook):
-    """Run every cell in an empty folder; record what the page needs.
+    """Run every cell in an all but empty folder; record what the page needs.
 
     Returns the bytes of the trained model.
     """
     total, done = len(code_cells(notebook)), 0
     with tempfile.TemporaryDirectory() as empty:
+        recorded = ROOT / "assets" / "kernels.json"  # Appendix B shows it, if there
+        if recorded.exists():
+            shutil.copy(recorded, empty)
         resources = {"metadata": {"path": empty}}
         client = NotebookClient(
             notebook, timeout=None, record_timing=False, resources=resources

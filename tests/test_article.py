@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import linecache
 import re
 import subprocess
 import sys
@@ -40,7 +41,9 @@ def rehearsal():
     namespace = {"__name__": "__main__", "__file__": str(ROOT / "annotated_s4d.py")}
     drawn = {}
     for number, source in enumerate(CODE):
-        exec(compile(source, f"<code cell {number}>", "exec"), namespace)
+        name, lines = f"<code cell {number}>", source.splitlines(True)
+        linecache.cache[name] = len(source), None, lines, name  # for inspect.getsource
+        exec(compile(source, name, "exec"), namespace)
         if "def show(" in source:
             picture = namespace["picture"]
 
