@@ -3423,21 +3423,21 @@ def in_double(f):
 # K_l = 2\,\Re \sum_n \frac{W_n}{A_n} \, \frac{e^{l \Delta A_n}}{\sum_{r<L} e^{r \Delta A_n}} .
 # $$
 #
-# The sum in the denominator is a geometric series, $(e^{L\Delta A_n} - 1) / (e^{\Delta A_n} - 1)$.
-# Put it in, and
+# The sum in the denominator is a geometric series,
+# $(e^{L\Delta A_n} - 1) / (e^{\Delta A_n} - 1)$. Put it in, and
 #
 # $$
 # K_l = 2\,\Re \sum_n \underbrace{\frac{W_n}{e^{L\Delta A_n} - 1}}_{C_n} \;
 # \underbrace{\frac{e^{\Delta A_n} - 1}{A_n}}_{\bar B_n} \; e^{l \Delta A_n} .
 # $$
 #
-# That is S4D with zero-order hold, whose $C$ has been divided by $e^{L\Delta A} - 1$. The
-# softmax changes which numbers are learned, and no kernel that they can make.
+# That is S4D with zero-order hold, whose $C$ has been divided by $e^{L\Delta A} - 1$.
+# The softmax changes which numbers are learned, and no kernel that they can make.
 #
 # A stable softmax subtracts the largest exponent first. For a mode that fades it is the
-# one of $l = 0$, which is zero already. For a mode that grows, $\Re A_n > 0$, it is that
-# of the last step: counted from there backwards the mode fades, with the pole $-A_n$.
-# So the kernel of a growing mode is a fading one, read from its end.
+# one of $l = 0$, which is zero already. For a mode that grows, $\Re A_n > 0$, it is
+# that of the last step: counted from there backwards the mode fades, with the pole
+# $-A_n$. So the kernel of a growing mode is a fading one, read from its end.
 
 # %%
 def dss_norm(A, dt, L):
@@ -3463,8 +3463,8 @@ def dss_kernel(A, W, dt, L):
 
 
 # %% [markdown]
-# Three witnesses: the softmax by its definition, where one mode of eight grows by
-# $e^{90}$; S4D with the divided $C$; and the same system as a dense real matrix, a 2 by
+# Three witnesses: the softmax by its definition, where one mode of eight grows by more
+# than $e^{180}$; S4D with the divided $C$; and the same system as a dense real matrix, a 2 by
 # 2 block for each pair. The recurrence is S4D's.
 
 # %%
@@ -3531,8 +3531,9 @@ LAYERS["dss"] = DSS
 # %% [markdown]
 # ### S4: the term that S4D drops
 #
-# In Part 7 LegS was a matrix with good eigenvectors, minus $\tfrac12 B B^\top$. S4 keeps
-# both. In the basis of the eigenvectors $V$, with $P = V^* B / \sqrt 2$, the system is
+# In Part 7 LegS was a matrix with good eigenvectors, minus $\tfrac12 B B^\top$. S4
+# keeps both. In the basis of the eigenvectors $V$, with $P = V^* B / \sqrt 2$, the
+# system is
 #
 # $$
 # x' = \Lambda x - P\,(P^* x) + \tilde B u , \qquad \tilde B = V^* B, \quad \tilde C = C V.
@@ -3544,9 +3545,9 @@ LAYERS["dss"] = DSS
 # has $-PQ^*$ with a free $Q$. With $Q = P$ the feedback can only brake, and the system
 # is stable for every $P$; Goel et al., 2022.)
 #
-# $V$ comes in conjugate pairs, and so do $\Lambda$, $P$, $\tilde B$ and $\tilde C$. One of
-# each is stored, as before. Then $s$ is a sum over pairs, $2\,\Re \sum_n \bar P_n x_n$,
-# as the output is.
+# $V$ comes in conjugate pairs, and so do $\Lambda$, $P$, $\tilde B$ and $\tilde C$. One
+# of each is stored, as before. Then $s$ is a sum over pairs,
+# $2\,\Re \sum_n \bar P_n x_n$, as the output is.
 
 # %%
 def legs_dplr(N):
@@ -3603,9 +3604,9 @@ def s4_step(A, P, B, C, dt, x, u):
 # %% [markdown]
 # **The kernel** is harder. Powers of $\bar A$ are no longer powers of numbers. S4 takes
 # a way around through frequencies. The *generating function* of the kernel is
-# $\hat K(z) = \sum_{l<L} K_l z^l$. At the $L$ roots of unity $z = e^{-2\pi i k/L}$ it is
-# the Fourier transform of $K$, and an inverse FFT gives $K$ back. And it is a geometric
-# series, of matrices:
+# $\hat K(z) = \sum_{l<L} K_l z^l$. At the $L$ roots of unity $z = e^{-2\pi i k/L}$ it
+# is the Fourier transform of $K$, and an inverse FFT gives $K$ back. And it is a
+# geometric series, of matrices:
 #
 # $$
 # \hat K(z) = \sum_{l<L} C \bar A^l \bar B\, z^l
@@ -3622,8 +3623,8 @@ def s4_step(A, P, B, C, dt, x, u):
 #
 # The papers go on and divide by $1 + z$, which is zero at $z = -1$, a root of unity for
 # every even $L$. We take a factor $e^{-i\theta/2}$ out of $z = e^{-i\theta}$ instead:
-# $1 - z$ becomes $2i \sin\tfrac\theta2$ and $1 + z$ becomes $2 \cos\tfrac\theta2$. Nothing
-# is subtracted, and nothing is divided by zero. With
+# $1 - z$ becomes $2i \sin\tfrac\theta2$ and $1 + z$ becomes $2 \cos\tfrac\theta2$.
+# Neither is a small difference now, and nothing is divided by zero. With
 # $R_n = 1 / (2i \sin\tfrac\theta2 - c \lambda_n)$ and $c = \Delta \cos\tfrac\theta2$,
 # Woodbury again:
 #
@@ -3641,7 +3642,7 @@ def s4_step(A, P, B, C, dt, x, u):
 
 # %%
 def dplr_kernel(A, P, B, C, dt, L):
-    """Compute K (..., L) by its generating function. As `s4_kernel`, in one precision."""
+    """Compute K (..., L) by its generating function; arguments as `s4_kernel`."""
 
     def both(v):
         return jnp.concatenate([v, v.conj()], -1)
@@ -3658,12 +3659,12 @@ def dplr_kernel(A, P, B, C, dt, L):
 
 
 # %% [markdown]
-# What remains is $\tilde C = C (I - \bar A^L)$. The authors learn $\tilde C$ itself, and
-# thereby choose one $L$ for good. Our $C$ is the true one, which the recurrence needs, so
-# $\bar A^L$ must be computed, for each length anew. It is a dense matrix. Its rows are
-# what a step makes of the unit vectors of $\Re x$ and $\Im x$, so it is real; repeated
-# squaring makes the power from $\log_2 L$ products. This is $O(N^3 \log L)$ for each
-# channel, and at small $L$ most of the time.
+# What remains is $\tilde C = C (I - \bar A^L)$. The authors learn $\tilde C$ itself,
+# and thereby choose one $L$ for good. Our $C$ is the true one, which the recurrence
+# needs, so $\bar A^L$ must be computed, for each length anew. It is a dense matrix. Its
+# rows are what a step makes of the unit vectors of $\Re x$ and $\Im x$, so it is real;
+# repeated squaring makes the power from some $\log_2 L$ products, $O(N^3 \log L)$ for
+# each channel.
 
 # %%
 def truncated(A, P, C, dt, L):
@@ -3691,8 +3692,8 @@ def s4_kernel(A, P, B, C, dt, L):
 
 # %% [markdown]
 # The witness is the dense system of Part 7, without a complex number: LegS, the
-# bilinear rule of Part 2, the kernel of Part 4. An even and an odd length, a coarse and a
-# fine step.
+# bilinear rule of Part 2, the kernel of Part 4. An even and an odd length, a coarse and
+# a fine step.
 
 # %%
 if RUN:
@@ -3775,8 +3776,9 @@ LAYERS["s4"] = S4
 SSM_PARAMETERS += ("P",)
 
 # %% [markdown]
-# The contract of Part 8, for both layers: whole, step by step, in two chunks, and with a
-# padded row. Models are made of them by name; the last line of each counts a backbone.
+# The contract of Part 8, for both layers: whole, step by step, in two chunks, and with
+# a padded row. Models are made of them by name; the last line of each counts a
+# backbone.
 
 # %%
 if RUN:
@@ -3798,10 +3800,18 @@ if RUN:
 # %% [markdown]
 # ### S4 against S4D
 #
-# The paper of S4D compares the two in a table. Here is ours, measured. *Code* counts
-# lines of the functions behind a kernel, without docstrings, comments and blank lines.
-# S4D has two kernels: the plain one of Part 5, and the one that the layer runs, with the
-# tables and exact angles of Part 6.
+# The paper of S4D compares the two in a table. Here is ours. First what they are:
+#
+# | | S4D | DSS | S4 |
+# |:--|:----|:----|:---|
+# | matrix $A$ | diagonal | diagonal | diagonal minus rank one |
+# | rule | ZOH or bilinear | ZOH | bilinear |
+# | kernel | Vandermonde | the same, normalized | Cauchy, Woodbury, FFT, a dense power |
+# | learned | $A, B, C, D, \Delta$ | $A, B, C, D, \Delta$ | $\Lambda, P, B, C, D, \Delta$ |
+#
+# The rest is measured. *Code* counts lines of the functions behind a kernel, without
+# docstrings, comments and blank lines. S4D has two kernels: the plain one of Part 5,
+# and the one that the layer runs, with the tables and exact angles of Part 6.
 
 # %%
 def code_lines(functions):
@@ -3877,7 +3887,7 @@ if RUN:
     if measured:
         print("accuracy: {epochs} epochs, seeds {seeds}".format(**measured))
     else:
-        print("accuracy: no kernels.json here; python tests/measure_kernels.py makes it")
+        print("no kernels.json here: python tests/measure_kernels.py makes it")
 
 
 # %% [markdown]
@@ -3886,9 +3896,9 @@ if RUN:
 # many times the time. (That time is of our S4. The authors, who learn $\tilde C$, never
 # need the dense power, and compute in single precision.) DSS is S4D and one division.
 #
-# The famous difference in code is that of the plain kernels. S4D's fast kernel is longer
-# than S4's, since it carries its own exponential. Those lines buy speed and exact angles;
-# none of them is needed to understand the model.
+# The famous difference in code is that of the plain kernels. S4D's fast kernel is
+# longer than S4's, since it carries its own exponential. Those lines buy speed and
+# exact angles; none of them is needed to understand the model.
 #
 # *What stands: three relatives, one contract. Exercise: set $P = 0$ in an S4 layer. To
 # which options of S4D does it then belong?*
