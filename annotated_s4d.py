@@ -857,25 +857,42 @@ def vandermonde_kernel(A, B, C, dt, L, method="zoh"):
 
 
 # %% [markdown]
-# The recurrence of Part 3 becomes elementwise as well. (`A_rest` is a refinement that
-# Part 6 explains; it is zero until then.)
+# The recurrence of Part 3 becomes elementwise as well. (Part 6 will need two
+# refinements: `A_rest`, which is zero until then, and `timed`, for a system that is
+# another one at every step.)
 
 # %%
-@jax.jit
-def s4d_recurrence(A_bar, B_bar, C, u, x0=None, A_rest=0.0):
+@functools.partial(jax.jit, static_argnames="timed")
+def s4d_recurrence(A_bar, B_bar, C, u, x0=None, A_rest=0.0, timed=False):
     """Run a diagonal discrete system as a recurrence.
 
     A_bar, B_bar, C, A_rest (..., N/2), u (..., L), x0 (..., N/2) or None for zeros.
-    Returns y (..., L) and the last state (..., N/2).
+    If timed, A_bar, B_bar, and A_rest unless it is one number, are (..., L, N/2).
+    Returns y (..., L) and the last state (..., N/2). Raises ValueError if timed and
+    the lengths differ.
     """
 
-    def step(x, u_k):
+    def step(x, now):
+        u_k, A_bar, B_bar, A_rest = now if timed else (now, *system)
         x = A_bar * x + (A_rest * x + B_bar * u_k[..., None])
         return x, 2 * (C * x).sum(-1).real
 
+    system, now = (A_bar, B_bar, A_rest), jnp.moveaxis(u, -1, 0)
+    if timed:
+        require_time(u, *system)
+        times = (jnp.moveaxis(v, -2, 0) for v in jnp.broadcast_arrays(*system))
+        now, B_bar = (now, *times), B_bar[..., 0, :]
     x = B_bar * jnp.zeros_like(u[..., :1]) if x0 is None else x0  # (..., N/2)
-    x, y = jax.lax.scan(step, x, jnp.moveaxis(u, -1, 0))
+    x, y = jax.lax.scan(step, x, now)
     return jnp.moveaxis(y, 0, -1), x
+
+
+def require_time(u, *system):
+    """Refuse a timed system, A_bar first, unless all arrays end in (L, N/2)."""
+    shapes = [jnp.shape(v) for v in system if jnp.ndim(v)]
+    end = u.shape[-1], system[0].shape[-1]
+    fits = all(shape[-2:] == end for shape in shapes)
+    require(fits, f"a timed system has shapes {shapes}", f"(..., {end[0]}, N/2)")
 
 
 # %% [markdown]
@@ -1364,24 +1381,30 @@ if RUN:
 # squaring doubles their relative error: they alone are kept in double precision.
 
 # %%
-@jax.jit
-def s4d_scan(A_bar, B_bar, C, u, x0=None, A_rest=0.0):
+@functools.partial(jax.jit, static_argnames="timed")
+def s4d_scan(A_bar, B_bar, C, u, x0=None, A_rest=0.0, timed=False):
     """Run a diagonal discrete system in parallel over time, keeping every state.
 
-    A_bar, B_bar, C (..., N/2), u (..., L), x0 (..., N/2) or None; A_rest as in
-    `s4d_recurrence`. Returns y (..., L) and x (..., L, N/2).
+    Arguments and errors are those of `s4d_recurrence`. Returns y (..., L) and
+    x (..., L, N/2).
     """
+    system = A_bar, B_bar, A_rest
+    if timed:
+        require_time(u, *system)
+    else:  # the same at all times
+        system = (jnp.atleast_1d(v)[..., None, :] for v in system)
+    A_bar, B_bar, A_rest = map(jnp.atleast_2d, system)  # (..., 1 or L, N/2)
 
     def combine(first, second):
         (a1, v1), (a2, v2) = first, second
         return a2 * a1, a2.astype(v1.dtype) * v1 + v2
 
-    v = B_bar[..., None, :] * u[..., None]  # (..., L, N/2)
+    v = B_bar * u[..., None]  # (..., L, N/2)
     if x0 is not None:
-        v = v.at[..., 0, :].add(A_bar * x0 + A_rest * x0)
+        v = v.at[..., 0, :].add(A_bar[..., 0, :] * x0 + A_rest[..., 0, :] * x0)
     with jax.enable_x64(True):
-        a = (A_bar.astype(jnp.complex128) + A_rest)[..., None, :]
-        a = jnp.broadcast_to(a, v.shape[-a.ndim:-2] + v.shape[-2:])
+        a = A_bar.astype(jnp.complex128) + A_rest
+        a = jnp.broadcast_to(a, v.shape[-a.ndim:])
         a = a.reshape((1,) * (v.ndim - a.ndim) + a.shape)
         _, x = jax.lax.associative_scan(combine, (a, v), axis=v.ndim - 2)
     return 2 * (C[..., None, :] * x).sum(-1).real, x
@@ -1400,6 +1423,47 @@ if RUN:
     agree("its state after 77", x[76], "recurrence", x77)
     y_rest, _ = s4d_scan(A_bar, B_bar, C, u[77:], x[76])
     agree("started from there", y_rest, "recurrence", y[77:])
+
+
+# %% [markdown]
+# ### Samples at irregular times
+#
+# A sensor loses samples, a nurse measures when there is time. Then each sample $u_k$
+# has its own time $\Delta_k$ until the next one comes. No grid is needed: hold $u_k$ for
+# as long as it lasts,
+#
+# $$
+# \bar A_k = e^{\Delta_k A}, \qquad
+# \bar B_k = \Delta_k\,\varphi(\Delta_k A)\,B, \qquad
+# x_k = \bar A_k\,x_{k-1} + \bar B_k\,u_k .
+# $$
+#
+# The step is still exact for the held input. But it is another one each time, so there
+# is no kernel any more: the blow from ten samples ago has aged by a different time at
+# every $k$. The convolution is lost. The recurrence and the scan remain, as neither
+# asks that its steps be equal. For them `timed=True` gives $\bar A$ and $\bar B$ an axis
+# of time in front of the modes.
+#
+# Our sensor loses half of the 200 samples of the force, at random. SciPy integrates the
+# force as it was held. The last line forgets the gaps: it takes the same samples, one
+# every two intervals.
+
+# %%
+if RUN:
+    lost = np.random.default_rng(0).permutation(np.arange(1, STEPS))[: STEPS // 2]
+    times = np.delete(np.arange(STEPS) * DT, lost)  # seconds, (100,)
+    u, gaps = force(times), np.diff(times, append=STEPS * DT)
+    held = simulate(
+        *oscillator(), lambda s: u[np.searchsorted(times, s, "right") - 1], times + gaps
+    )
+    timed = s4d_discretize(A[..., None, :], B[..., None, :], gaps)  # each (100, 1)
+    y, _ = s4d_recurrence(*timed, C, u, timed=True)
+    agree("recurrence at irregular times", y, "ODE solver", held)
+    y_scan, _ = s4d_scan(*timed, C, u, timed=True)
+    agree("scan at irregular times", y_scan, "recurrence", y)
+    y, _ = s4d_recurrence(*s4d_discretize(A, B, 2 * DT), C, u)
+    wrong = np.abs(y - held).max() / np.abs(held).max()
+    print(f"error with equal gaps: {wrong:.0%} of the largest output")
 
 
 # %% [markdown]

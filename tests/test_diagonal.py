@@ -1,5 +1,7 @@
 """Parts 5 to 7: hold, kernel, convolution, recurrence, scan and initializations."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,6 +95,116 @@ def test_without_the_rest_float32_drifts():
     _, exact = run(A, B, C, dt, u)
     assert error(y[0], exact[0]) > 2e-5  # dt = 1e-4
     assert error(y[3], exact[3]) < 1e-5  # dt = 1e-1
+
+
+# -- irregular times ------------------------------------------------------------------
+
+
+def numpy_timed(A, B, C, dt, u, x0):
+    """States (..., L, N/2) and outputs (..., L): the held input, one step at a time.
+
+    A, B, C (..., N/2), dt and u (..., L), x0 (..., N/2) broadcast, all to complex128.
+    """
+    A, B, C, x = (np.asarray(v, complex) for v in (A, B, C, x0))
+    states, outputs = [], []
+    for l in range(u.shape[-1]):
+        A_bar, B_bar = discretize(A, B, np.float64(dt)[..., l], "zoh")
+        x = A_bar * x + B_bar * np.float64(u)[..., l, None]
+        states.append(x)
+        outputs.append(2 * (C * x).sum(-1).real)
+    return np.stack(states, -2), np.stack(outputs, -1)
+
+
+def timed_views(A, B, C, dt, u, x0=None):
+    """Outputs and last states, by the recurrence and by the scan."""
+    A, B = A[..., None, :], B[..., None, :]
+    A_bar, B_bar = s4d.s4d_discretize(A, B, dt)
+    args = A_bar, B_bar, C, u, x0, s4d.pole_rest(A, dt, A_bar)
+    y_scan, x = s4d.s4d_scan(*args, timed=True)
+    return s4d.s4d_recurrence(*args, timed=True), (y_scan, x[..., -1, :]), x
+
+
+@pytest.mark.parametrize("L", [1, 2, 100, 4096])
+@pytest.mark.parametrize("rows", [(), (2,)], ids=str)
+def test_irregular_times(x64, L, rows):
+    """Recurrence and scan against NumPy; one clock for all, or one for each channel."""
+    A, B, C, _ = systems("legs", N=8)
+    rng = np.random.default_rng(L)
+    u = jnp.asarray(rng.standard_normal((*rows, 4, L)))
+    x0 = jnp.ones((*rows, *A.shape), A.dtype)
+    for clocks in ((L,), (4, L), (*rows, 1, L)):
+        dt = jnp.asarray(10 ** rng.uniform(-4, -1, clocks))
+        exact = numpy_timed(A, B, C, np.broadcast_to(dt, u.shape), u, x0)
+        *views, x = timed_views(A, B, C, dt, u, x0)
+        assert error(x, exact[0]) < tolerance(x64, L)
+        for y, last in views:
+            assert error(y, exact[1]) < tolerance(x64, L)
+            assert error(last, exact[0][..., -1, :]) < tolerance(x64, L)
+
+
+def test_irregular_times_from_rest_without_the_rest_of_the_poles(x64):
+    A, B, C, _ = systems("lin", N=8)
+    u, dt = np.random.default_rng(0).standard_normal((2, 4, 60))
+    dt = jnp.asarray(np.abs(dt) / 100)
+    timed = s4d.s4d_discretize(A[:, None], B[:, None], dt)
+    _, exact = numpy_timed(A, B, C, dt, u, jnp.zeros_like(A))
+    for view in (s4d.s4d_recurrence, s4d.s4d_scan):
+        assert error(view(*timed, C, jnp.asarray(u), timed=True)[0], exact) < (
+            1e-10 if x64 else 1e-5
+        )
+
+
+def test_equal_gaps_are_the_plain_form(x64):
+    A, B, C, dt = systems("inv", N=8)
+    u = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4, 90)))
+    A_bar, B_bar = s4d.s4d_discretize(A, B, dt)
+    plain, x = s4d.s4d_recurrence(
+        A_bar, B_bar, C, u, A_rest=s4d.pole_rest(A, dt, A_bar)
+    )
+    *views, _ = timed_views(A, B, C, jnp.tile(dt[:, None], 90), u)
+    for y, last in views:
+        assert error(y, plain) < (1e-13 if x64 else 1e-6)
+        assert error(last, x) < (1e-13 if x64 else 1e-6)
+
+
+def test_a_gap_may_be_cut_in_two(x64):
+    """To hold an input for a second is to hold it twice, for parts of the second."""
+    A, B, C, _ = systems("legs", N=8)
+    u = jnp.asarray(np.random.default_rng(0).standard_normal((4, 30)))
+    (y, x), *_ = timed_views(A, B, C, jnp.full(30, 0.05), u)
+    (twice, last), *_ = timed_views(
+        A, B, C, jnp.tile(jnp.array([0.02, 0.03]), 30), jnp.repeat(u, 2, -1)
+    )
+    assert error(twice[:, 1::2], y) < (1e-12 if x64 else 1e-5)
+    assert error(last, x) < (1e-12 if x64 else 1e-5)
+
+
+def test_irregular_times_differentiate(x64):
+    """The gradient to the gaps, by both views and against differences."""
+    A, B, C, _ = systems("legs", N=8)
+    u = jnp.asarray(np.random.default_rng(0).standard_normal((4, 16)))
+
+    def loss(view, dt):
+        timed = s4d.s4d_discretize(A[:, None], B[:, None], dt)
+        return (view(*timed, C, u, timed=True)[0] ** 2).sum()
+
+    dt = jnp.linspace(0.01, 0.05, 16)
+    views = (s4d.s4d_recurrence, s4d.s4d_scan)
+    a, b = (jax.jit(jax.grad(lambda dt, f=f: loss(f, dt)))(dt) for f in views)
+    assert error(a, b) < (1e-10 if x64 else 1e-4)
+    if x64:
+        up, down = (loss(views[0], dt.at[7].add(h)) for h in (1e-6, -1e-6))
+        assert float(a[7]) == pytest.approx(float(up - down) / 2e-6, rel=1e-6)
+
+
+@pytest.mark.parametrize("view", ["s4d_recurrence", "s4d_scan"])
+def test_timed_refuses(view):
+    """No axis of time, another length, a rest without time."""
+    run = functools.partial(getattr(s4d, view), timed=True)
+    ones, u = functools.partial(jnp.ones, dtype=complex), jnp.ones(5)
+    for A_bar, rest in [((2,), 0.0), ((4, 2), 0.0), ((1, 2), 0.0), ((5, 2), ones(2))]:
+        with pytest.raises(ValueError, match=r"shapes .*; allowed: \(..., 5, N/2\)"):
+            run(ones(A_bar), ones(A_bar), ones(2), u, None, rest)
 
 
 # -- discretization -------------------------------------------------------------------
