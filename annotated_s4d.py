@@ -275,7 +275,7 @@ def require_choice(name, value, choices):
 # ### The result
 #
 # And this is where we are going. The picture is made by the model that this page
-# trains; it is drawn when the last line of Part 11 has run.
+# trains; it is drawn when Part 11 has trained it.
 
 # %%
 @figure(later=True)
@@ -2966,6 +2966,107 @@ if RUN:
 # one image. The GRU may well do better with more time or tuning; the question here was
 # what about a minute gives.
 #
+# ### A sequence that does not fit
+#
+# Sixty-four pixels fit into memory many times over. A day of sound does not: the
+# gradient of one loss needs what every layer computed at every sample. But the state
+# sums up the past, so there is no need to have the past at hand. Cut the sequence into
+# *chunks*. Run the model on a chunk, from the state that the last chunk left; take one
+# step of the optimizer; carry the new state over to the next chunk. Memory is needed
+# for one chunk, however long the stream.
+#
+# The price is in the gradient. The state comes in as numbers, and how the parameters
+# made these numbers is forgotten. `stop_gradient` says so. This is *truncated
+# back-propagation through time*. What it gives up: $A$, $B$ and $\Delta$ learn only from
+# what they do within a chunk. What it keeps: $C$ sees the whole state and learns to read
+# from it what is older than the chunk. (A liberty: the state that comes in was made by
+# the parameters of earlier steps, which differ a little.)
+
+# %%
+def stream_loss(model, x, u, target):
+    """Mean squared error on a chunk from state x, a constant; and the state after it.
+
+    Raises ValueError if target has not the shape of the model's answers.
+    """
+    x, y = model.advance(jax.lax.stop_gradient(x), u)
+    require(y.shape == target.shape, f"target has shape {target.shape}", f"{y.shape}")
+    return jnp.mean((y - target) ** 2), x
+
+
+@nnx.jit
+def stream_step(model, optimizer, x, u, target):
+    """Take one step on a chunk. Returns the state after it and the loss."""
+    loss_fn = nnx.value_and_grad(stream_loss, has_aux=True)
+    (loss, x), grads = loss_fn(model, x, u, target)
+    optimizer.update(model, grads)
+    return x, loss
+
+
+# %% [markdown]
+# Around the step, a loop. With `carry=False` it throws the state away and begins every
+# chunk as it began the first. That is training on short pieces, for comparison.
+
+# %%
+def train_on_stream(model, optimizer, chunks, x=None, *, carry=True):
+    """Train on a stream, one step of the optimizer for each of its chunks.
+
+    chunks yields inputs (batch, L, d_input) and targets (batch, L, d_output) in the
+    order of time; x is the state before them, rest if None. Returns the state after
+    them and the losses. Raises FloatingPointError for a loss that is not finite.
+    """
+    model.train()
+    update, losses = nnx.cached_partial(stream_step, model, optimizer), []
+    for u, target in chunks:
+        x = model.init_state(len(u)) if x is None else x
+        after, loss = update(x, u, target)
+        losses.append(float(loss))
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"loss {loss} at chunk {len(losses)}")
+        x = after if carry else x
+    return x, losses
+
+
+
+# %% [markdown]
+# The task is an echo: say what came in 600 samples ago, while a chunk has 512. Without
+# a carried state nothing of the answer is in sight. The input is noise, made smooth by
+# a filter; the function makes it chunk by chunk and keeps only what is still to echo.
+
+# %%
+def echoes(length, L=512, delay=600, seed=0):
+    """Yield a smooth noise in chunks (1, L, 1), and beside each what came in before."""
+    rng, past = np.random.default_rng(seed), np.zeros(delay)
+    low_pass, z = scipy.signal.butter(2, 0.01), np.zeros(2)
+    for _ in range(length // L):
+        noise = 9.5 * rng.standard_normal(L)  # filtered, its variance is about 1
+        u, z = scipy.signal.lfilter(*low_pass, noise, zi=z)
+        past = np.append(past, u)  # (delay + L,)
+        yield u[None, :, None], past[None, :L, None]
+        past = past[L:]
+
+
+# %% [markdown]
+# Two copies of one small model, with one block, hear the same 262,144 samples, chunk by
+# chunk. One carries its state. Then both hear a fresh stretch. By now the optimizer's
+# rate has fallen to zero, so nothing is learned from it and the losses are a test. They
+# are printed as shares of what the answer "zero" would get.
+
+# %%
+if RUN:
+    start, fresh = time.perf_counter(), list(echoes(2**15, seed=1))
+    slow = dict(dt_min=0.001, dt_max=0.01, pooling="none")
+    learner = S4DModel(1, 1, 16, 64, 1, **slow, rngs=nnx.Rngs(0))
+    twins = learner, make_optimizer(learner, 2**18 // 512, lr=0.02)
+    for carry, state in ((True, "state carried"), (False, "thrown away")):
+        twin = nnx.clone(twins)
+        train_on_stream(*twin, echoes(2**18), carry=carry)
+        _, losses = train_on_stream(*twin, fresh, carry=carry)
+        share = np.mean(losses) / np.mean([target**2 for _, target in fresh])
+        print(f"{state:13s}   error on new samples: {share:.1%}")
+    print(f"{time.perf_counter() - start:.1f} seconds")
+
+
+# %% [markdown]
 # *What stands: a trained model that can be read as a convolution or run pixel by pixel.
 # The belief in the first picture of this page comes from `advance`. Exercise: at which
 # pixel does the model make up its mind, for each of the digits?*
