@@ -3537,6 +3537,105 @@ if RUN:
 # one output each, has more parameters?*
 
 # %% [markdown]
+# ### Weights from elsewhere
+#
+# You may have a layer that was trained with the authors' minimal code in PyTorch,
+# [`models/s4/s4d.py`](https://github.com/state-spaces/s4/blob/main/models/s4/s4d.py). It
+# computes
+#
+# $$
+# K_l = 2\,\Re \sum_n C_n \frac{e^{\Delta A_n} - 1}{A_n}\, e^{l \Delta A_n},
+# \qquad
+# y = \mathrm{glu}\big( W\,\mathrm{dropout}(\mathrm{gelu}(K * u + D u)) + b \big) ,
+# $$
+#
+# which is our layer with $B = 1$, and it stores the same numbers. Only two things look
+# different there. Sequences are (batch, $H$, $L$). And $W$ is written as a convolution
+# one sample wide: transposed, and with one more axis. This mapping holds its
+# parameters:
+# `{name: p.detach().cpu().numpy() for name, p in layer.state_dict().items()}`. The
+# function takes them over. It looks at all of them before it changes anything.
+
+# %%
+def load_pytorch_s4d(layer, weights):
+    """Load the weights of state-spaces/s4's minimal PyTorch S4D into an S4D layer.
+
+    layer is an S4D of the same H and N, with discretization "zoh" and final_act "glu".
+    weights maps the names of a state_dict to arrays; they are cast to the layer's
+    precision. Raises ValueError, and changes nothing, for another layer, for names that
+    are missing or unknown, for other shapes, and for values that are not finite.
+    """
+    glu = type(layer) is S4D and layer.mixer.act is FINAL_ACTS["glu"]
+    fits = glu and layer.method == "zoh"
+    require(fits, f"layer is {layer!r:.200}", 'an S4D with "zoh" and final_act "glu"')
+    slots = {f"kernel.{k}": getattr(layer, k) for k in ("C", *SSM_PARAMETERS[:3])}
+    W, linear = "output_linear.0.weight", layer.mixer.linear
+    slots |= {"D": layer.D, W: linear.kernel, "output_linear.0.bias": linear.bias}
+    odd = sorted(map(str, slots.keys() ^ set(weights)))
+    require(not odd, f"missing or unknown: {', '.join(odd)}", f"all of {list(slots)}")
+    arrays = {}
+    for name, p in slots.items():
+        shape = (*p.shape[::-1], 1) if name == W else p.shape
+        arrays[name] = checked_array(name, weights[name], shape, p[...].dtype)
+    arrays[W] = arrays[W][..., 0].T  # (H, 2H)
+    for name, p in slots.items():
+        p[...] = jnp.asarray(arrays[name])
+    layer.B[...] = jnp.zeros_like(layer.B[...]).at[..., 0].set(1)
+
+
+def checked_array(name, value, shape, dtype):
+    """Return a value as an array of this type; refuse another shape, NaN, infinity."""
+    value = np.asarray(value)
+    require(value.shape == shape, f"{name} has shape {value.shape}", f"shape {shape}")
+    require(value.dtype.kind in "fiu", f"{name} is {value.dtype}", "real numbers")
+    with np.errstate(over="ignore"):  # what is too large becomes infinite
+        value = value.astype(dtype)
+    require(np.isfinite(value).all(), f"{name} holds NaN or infinity", "finite numbers")
+    return value
+
+
+# %% [markdown]
+# To check it, their formulas once more in NumPy, in double precision, with weights that
+# are random but have the names and shapes of theirs.
+
+# %%
+def pytorch_s4d(w, u):
+    """What their layer answers, by its formulas. u and y (batch, H, L), no dropout."""
+    w, l = {k: v.astype(float) for k, v in w.items()}, np.arange(u.shape[-1])
+    A = -np.exp(w["kernel.log_A_real"]) + 1j * w["kernel.A_imag"]  # (H, N/2)
+    dtA, C = np.exp(w["kernel.log_dt"])[:, None] * A, w["kernel.C"] @ [1, 1j]
+    modes = (C * np.expm1(dtA) / A)[..., None] * np.exp(dtA[..., None] * l)
+    K = 2 * modes.sum(1).real  # (H, L)
+    y = np.array([[direct_conv(*pair) for pair in zip(row, K)] for row in u])
+    y = y + w["D"][:, None] * u
+    y = y / 2 * (1 + scipy.special.erf(y / 2**0.5))  # GELU
+    y = w["output_linear.0.weight"][..., 0] @ y + w["output_linear.0.bias"][:, None]
+    first, second = np.split(y, 2, axis=1)
+    return first * scipy.special.expit(second)
+
+
+# %% [markdown]
+# A layer of eight channels, three sequences of a hundred samples:
+
+# %%
+if RUN:
+    rng, H, half = np.random.default_rng(0), 8, 16
+    shapes = {"kernel.C": (H, half, 2), "D": (H,),
+              "output_linear.0.weight": (2 * H, H, 1), "output_linear.0.bias": (2 * H,)}
+    theirs = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    theirs["kernel.log_dt"] = rng.uniform(np.log(0.001), np.log(0.1), H)
+    theirs["kernel.log_A_real"] = np.full((H, half), np.log(0.5))
+    theirs["kernel.A_imag"] = np.tile(np.pi * np.arange(half), (H, 1))
+    layer, u = S4D(H, 2 * half, rngs=nnx.Rngs(0)), rng.normal(size=(3, H, 100))
+    load_pytorch_s4d(layer, theirs)
+    y = call(layer, u.swapaxes(1, 2)).swapaxes(1, 2)
+    agree("layer with their weights", y, "their formulas", pytorch_s4d(theirs, u))
+
+
+# %% [markdown]
+
+
+# %% [markdown]
 # ## Appendix B: What S4D left out: DSS and S4
 #
 # S4D has two ancestors. *S4* keeps the matrix of LegS whole, at the price of a long
@@ -4071,6 +4170,7 @@ if RUN:
 # which options of S4D does it then belong?*
 
 # %% [markdown]
+
 # ## Appendix C: How this file shows itself
 #
 # This article is a Python file in which comments that begin with `# %%` divide prose
