@@ -1618,12 +1618,10 @@ if RUN:
 # these poles and nothing else. It starts from $B_n = 1$ and random $C_n$: it has the
 # modes that the polynomials are made of, and must learn which sums of them to form.
 #
-# The approximation gets better as $N$ grows (S4D paper, theorem 3), in a weak sense.
-# The next cell prints, for the first four states, how far apart the *responses* to a
-# smooth input are, and how far the *kernels*, with the eigenvectors and $B/2$ in place.
-# The responses meet; the kernels do not. The diagonal kernel carries a ripple, which
-# the picture below shows. With $N$ it gets faster and not smaller, and a smooth input
-# averages it away.
+# The approximation gets better as $N$ grows (S4D paper, theorem 3), in a weak sense. In
+# the picture below the *responses* to a smooth input meet, and the *kernels* do not,
+# although eigenvectors and $B/2$ are in place. The diagonal kernel carries a ripple. With
+# $N$ it gets faster and not smaller, and a smooth input averages it away.
 
 # %%
 def legs_normal(N):
@@ -1648,21 +1646,6 @@ def legs_and_diagonal(N, t):
     return legs, (V[:4] * B @ np.exp(np.outer(poles, t))).real
 
 
-# %% [markdown]
-# The smooth input is a slow sine with a faster one that fades. Distances are relative
-# to the largest value.
-
-# %%
-if RUN:
-    fine = (np.arange(20000) + 0.5) / 4000
-    smooth = np.sin(2 * fine) + np.sin(5 * fine) * np.exp(-0.2 * fine)
-    for N in (8, 32, 128):
-        K2 = legs_and_diagonal(N, fine)
-        y2 = [scipy.signal.fftconvolve(k, smooth[None], axes=-1)[:, :20000] for k in K2]
-        apart = [np.abs(a - b).max() / np.abs(a).max() for a, b in (y2, K2)]
-        print("N = {:3d}   responses {:.4f}   kernels {:.2f} apart".format(N, *apart))
-
-
 @figure(N=[4, 8, 16, 32, 64, 128], state=(0, 3))
 def legs_against_diagonal(N=16, state=1):
     """One kernel of LegS (grey) and of its diagonal part (blue), and what the two make
@@ -1677,6 +1660,102 @@ def legs_against_diagonal(N=16, state=1):
     right.set(title="responses", xlabel="time (s)")
     return fig
 
+
+# %% [markdown]
+# Both are true for one reason. We replaced $B^\top x$ by $u$, and may do so as far as
+# the memory fits a curve that ends in $u$. A slow sine is fitted by a few polynomials,
+# and the better, the more there are. But a kernel is the response to a blow, and no
+# polynomial fits a blow.
+#
+# So it matters that the dropped term reads $B^\top x$, and not another sum of the states.
+# To see how much, we put another vector $P$ of the same length in place of $B/\sqrt2$:
+# from the same diagonal system subtract $P P^\top$, and drop it again. One $P$ has the
+# same entries in random order, another has Gaussian random entries. What stands for
+# $B/2$ then is not known, so the diagonal system gets the multiple of $B$ that fits best.
+#
+# We measure without a grid in time, which would miss the fastest ripples. In the basis
+# of eigenvectors all is a sum of exponentials, and a mode $e^{pt}$ answers the input
+# $e^{st}$, switched on at $t = 0$, with $(e^{st} - e^{pt})/(s - p)$. The sine is the
+# imaginary part, at $s = i\omega$.
+
+# %%
+def four_states(poles, V, B, omega, t):
+    """First four kernels of a system and its first four responses to sin(omega t).
+
+    poles (N,) and eigenvectors V (N, N) of A, B (N,), t (L,). Returns two (4, L).
+    """
+    W, s = V[:4] * np.linalg.solve(V, B), 1j * omega  # (4, N)
+    modes, G = np.exp(np.outer(poles, t)), W / (s - poles)  # (N, L), (4, N)
+    return (W @ modes).real, (np.outer(G.sum(1), np.exp(s * t)) - G @ modes).imag
+
+
+def rank_one(kind, N, seed=0):
+    """A vector P (N,) as long as B / sqrt(2) of LegS: "shuffled" or "Gaussian"."""
+    rng, P = np.random.default_rng(seed), hippo_legs(N)[1] / 2**0.5
+    if kind == "shuffled":
+        return rng.permutation(P)
+    random = rng.normal(size=N)
+    return random * np.linalg.norm(P) / np.linalg.norm(random)
+
+
+def what_dropping_costs(N, omega=2.0, P=None):
+    """Relative distances, with and without P P^T, of four kernels and four responses.
+
+    P (N,) is that of LegS if None. The responses are those to sin(omega t).
+    """
+    (A, B), (poles, V), t = hippo_legs(N), legs_normal(N), np.arange(1, 501) / 100
+    K_diag, y_diag = four_states(poles, V, B / 2, omega, t)
+    if P is None:  # LegS is triangular: its first states do not see the others
+        K, y = four_states(*np.linalg.eig(A[:4, :4]), B[:4], omega, t)
+    else:
+        normal = A + np.outer(B, B) / 2
+        K, y = four_states(*np.linalg.eig(normal - np.outer(P, P)), B, omega, t)
+        best = (y * y_diag).sum() / (y_diag**2).sum()
+        K_diag, y_diag = best * K_diag, best * y_diag
+    pairs = (K, K_diag), (y, y_diag)
+    return [np.linalg.norm(a - b) / np.linalg.norm(a) for a, b in pairs]
+
+
+# %% [markdown]
+# Distances are root mean squares over five seconds and four states, as shares of the
+# system that keeps its term. For the random terms they are means of five, of the
+# responses alone.
+
+# %%
+if RUN:
+    for N in (8, 32, 128):
+        kernels, legs = what_dropping_costs(N)
+        shuffled, gaussian = (
+            np.mean([what_dropping_costs(N, P=rank_one(kind, N, i))[1] for i in range(5)])
+            for kind in ("shuffled", "Gaussian")
+        )
+        print(f"N = {N:3d}   LegS: kernels {kernels:.2f}, responses {legs:.5f}"
+              f"   shuffled {shuffled:.2f}   Gaussian {gaussian:.2f}")
+
+
+@figure(omega=(1.0, 30.0), seed=(0, 5))
+def dropping_a_term(omega=2.0, seed=0):
+    """How far it moves the first four states to drop the rank-one term, against N. The
+    kernels of LegS stay apart, its responses to a sine meet; a faster sine takes a
+    larger N. With another term they meet slowly or not at all."""
+    sizes, (fig, ax) = [4, 8, 16, 32, 64, 128], canvas()
+    rows = {"LegS, kernels": [what_dropping_costs(N, omega)[0] for N in sizes]}
+    rows["LegS, responses"] = [what_dropping_costs(N, omega)[1] for N in sizes]
+    for kind in ("shuffled", "Gaussian"):
+        terms = [(N, omega, rank_one(kind, N, seed)) for N in sizes]
+        rows[f"{kind}, responses"] = [what_dropping_costs(*term)[1] for term in terms]
+    for name, row in rows.items():
+        ax.loglog(sizes, row, "o-", ms=4, label=name)
+    ax.minorticks_off()
+    ax.set(xlabel="$N$", ylabel="relative distance", xticks=sizes, xticklabels=sizes)
+    ax.legend(loc="lower left")
+    return fig
+
+
+# %% [markdown]
+# Shuffled, the term cannot be dropped at any of these $N$. The Gaussian one has random
+# signs, and what it does to the first states averages out, but slowly. The theorem belongs to
+# LegS and does not say that low-rank terms are harmless.
 
 # %% [markdown]
 # ### Simpler starting points
@@ -3177,7 +3256,11 @@ if RUN:
 # - K. Goel, A. Gu, C. Donahue, C. Ré. [It's Raw! Audio Generation with State-Space
 #   Models](https://arxiv.org/abs/2202.09729). 2022. (the stable form of S4)
 # - J. T. H. Smith, A. Warrington, S. W. Linderman. [Simplified State Space Layers for
-#   Sequence Modeling](https://arxiv.org/abs/2208.04933). 2022. (S5, the parallel scan)
+#   Sequence Modeling](https://arxiv.org/abs/2208.04933). 2022. (S5, the parallel scan,
+#   samples at irregular times)
+# - R. J. Williams, J. Peng. [An Efficient Gradient-Based Algorithm for On-Line Training
+#   of Recurrent Network Trajectories](https://doi.org/10.1162/neco.1990.2.4.490). 1990.
+#   (truncated back-propagation through time)
 # - S. Rush, S. Karamcheti. [The Annotated S4](https://srush.github.io/annotated-s4/).
 #   2022.
 # - E. Alpaydin, C. Kaynak. [Optical Recognition of Handwritten

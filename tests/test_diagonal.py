@@ -427,6 +427,61 @@ def test_hippo_kernels_are_legendre_polynomials():
         assert error(scipy.linalg.expm(t * A) @ B, exact) < 1e-11
 
 
+def dense_four_states(A, B, omega):
+    """Kernels and responses to a sine, (4, 500) each, by powers of one exponential.
+
+    The sine is made by two more states that turn, so that nothing is approximated.
+    """
+    N = len(B)
+    M = np.zeros((N + 2, N + 2))
+    M[:N, :N], M[:N, N] = A, B
+    M[N:, N:] = [[0, omega], [-omega, 0]]  # (sin, cos)
+    step = scipy.linalg.expm(M / 100)
+    starts = np.zeros((N + 2, 2))
+    starts[:N, 0], starts[N + 1, 1] = B, 1
+    states = []
+    for _ in range(500):
+        starts = step @ starts
+        states.append(starts[:4])
+    return np.moveaxis(np.array(states), 0, -1).swapaxes(0, 1)
+
+
+@pytest.mark.parametrize("omega", [2.0, 9.0])
+def test_what_dropping_the_rank_one_term_costs(omega):
+    """Responses of LegS and of its diagonal part meet, their kernels stay apart."""
+    far = []
+    for N in (4, 8, 32, 64):
+        A, B = s4d.hippo_legs(N)
+        legs = dense_four_states(A, B, omega)
+        diagonal = dense_four_states(A + np.outer(B, B) / 2, B / 2, omega)
+        pairs = zip(legs, diagonal)
+        far.append([np.linalg.norm(a - b) / np.linalg.norm(a) for a, b in pairs])
+        ours = s4d.what_dropping_costs(N, omega)
+        assert ours == pytest.approx(far[-1], rel=1e-5, abs=1e-8)
+    kernels, responses = zip(*far)
+    assert min(kernels) > 0.9
+    assert all(b < a for a, b in zip(responses, responses[1:]))
+    assert responses[-1] < (0.003 if omega == 2 else 0.06)
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "Gaussian"])
+def test_dropping_another_term_costs_more(kind):
+    for N in (16, 64):
+        A, B = s4d.hippo_legs(N)
+        normal, costs = A + np.outer(B, B) / 2, []
+        for seed in range(3):
+            P = s4d.rank_one(kind, N, seed)
+            assert P @ P == pytest.approx(B @ B / 2)
+            with_term = dense_four_states(normal - np.outer(P, P), B, 2.0)[1]
+            without = dense_four_states(normal, B, 2.0)[1]
+            best = np.linalg.lstsq(without.reshape(-1, 1), with_term.ravel())[0]
+            apart = np.linalg.norm(with_term - best * without)
+            costs.append(apart / np.linalg.norm(with_term))
+            _, ours = s4d.what_dropping_costs(N, 2.0, P)
+            assert ours == pytest.approx(costs[-1], rel=1e-5)
+        assert np.mean(costs) > 5 * s4d.what_dropping_costs(N)[1]
+
+
 def test_delay_fit_orders_the_initializations():
     left = {name: s4d.delay_fit(name)[2] for name in s4d.INITS}
     assert left["lin"] < 0.01 < left["legs"] < left["inv"] < 0.2 < left["rand"]
