@@ -887,6 +887,10 @@ def s4d_recurrence(A_bar, B_bar, C, u, x0=None, A_rest=0.0, timed=False):
     return jnp.moveaxis(y, 0, -1), x
 
 
+# %% [markdown]
+# A system with a wrong axis of time would be taken for something else, so it is refused:
+
+# %%
 def require_time(u, *system):
     """Refuse a timed system, A_bar first, unless all arrays end in (L, N/2)."""
     shapes = [jnp.shape(v) for v in system if jnp.ndim(v)]
@@ -1689,6 +1693,10 @@ def four_states(poles, V, B, omega, t):
     return (W @ modes).real, (np.outer(G.sum(1), np.exp(s * t)) - G @ modes).imag
 
 
+# %% [markdown]
+# Two other vectors $P$, and the distances, with and without $P P^\top$:
+
+# %%
 def rank_one(kind, N, seed=0):
     """A vector P (N,) as long as B / sqrt(2) of LegS: "shuffled" or "Gaussian"."""
     rng, P = np.random.default_rng(seed), hippo_legs(N)[1] / 2**0.5
@@ -1726,13 +1734,16 @@ if RUN:
     for N in (8, 32, 128):
         kernels, legs = what_dropping_costs(N)
         shuffled, gaussian = (
-            np.mean([what_dropping_costs(N, P=rank_one(kind, N, i))[1] for i in range(5)])
-            for kind in ("shuffled", "Gaussian")
-        )
+            np.mean([what_dropping_costs(N, P=rank_one(kind, N, seed))[1]
+                     for seed in range(5)]) for kind in ("shuffled", "Gaussian"))
         print(f"N = {N:3d}   LegS: kernels {kernels:.2f}, responses {legs:.5f}"
               f"   shuffled {shuffled:.2f}   Gaussian {gaussian:.2f}")
 
 
+# %% [markdown]
+# The same against $N$, for a sine as fast as you like:
+
+# %%
 @figure(omega=(1.0, 30.0), seed=(0, 5))
 def dropping_a_term(omega=2.0, seed=0):
     """How far it moves the first four states to drop the rank-one term, against N. The
@@ -3636,8 +3647,23 @@ if RUN:
 # different there. Sequences are (batch, $H$, $L$). And $W$ is written as a convolution
 # one sample wide: transposed, and with one more axis. This mapping holds its
 # parameters:
-# `{name: p.detach().cpu().numpy() for name, p in layer.state_dict().items()}`. The
-# function takes them over. It looks at all of them before it changes anything.
+# `{name: p.detach().cpu().numpy() for name, p in layer.state_dict().items()}`. Each
+# array is looked at first:
+
+# %%
+def checked_array(name, value, shape, dtype):
+    """Return a value as an array of this type; refuse another shape, NaN, infinity."""
+    value = np.asarray(value)
+    require(value.shape == shape, f"{name} has shape {value.shape}", f"shape {shape}")
+    require(value.dtype.kind in "fiu", f"{name} is {value.dtype}", "real numbers")
+    with np.errstate(over="ignore"):  # what is too large becomes infinite
+        value = value.astype(dtype)
+    require(np.isfinite(value).all(), f"{name} holds NaN or infinity", "finite numbers")
+    return value
+
+
+# %% [markdown]
+# The function takes them over, and changes nothing before all have been looked at.
 
 # %%
 def load_pytorch_s4d(layer, weights):
@@ -3664,17 +3690,6 @@ def load_pytorch_s4d(layer, weights):
     for name, p in slots.items():
         p[...] = jnp.asarray(arrays[name])
     layer.B[...] = jnp.zeros_like(layer.B[...]).at[..., 0].set(1)
-
-
-def checked_array(name, value, shape, dtype):
-    """Return a value as an array of this type; refuse another shape, NaN, infinity."""
-    value = np.asarray(value)
-    require(value.shape == shape, f"{name} has shape {value.shape}", f"shape {shape}")
-    require(value.dtype.kind in "fiu", f"{name} is {value.dtype}", "real numbers")
-    with np.errstate(over="ignore"):  # what is too large becomes infinite
-        value = value.astype(dtype)
-    require(np.isfinite(value).all(), f"{name} holds NaN or infinity", "finite numbers")
-    return value
 
 
 # %% [markdown]
