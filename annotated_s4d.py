@@ -56,6 +56,7 @@
 # | 8, 9, 10 Layer, block, model | a neural network |
 # | 11 Training | handwritten digits, read one pixel at a time |
 # | Closing | all views agree; where we deviate from the papers; exercises |
+# | Appendix A | all options of the layer; weights from elsewhere |
 # | Appendix B | what S4D left out: DSS and S4 |
 # | Appendix C | how this file shows itself |
 #
@@ -2313,6 +2314,8 @@ class S4DBlock(nnx.Module):
     def __init__(self, d_model, d_state=64, *, kernel="s4d", expand=2, dropout=0.0,
                  rngs, **options):
         require_choice("kernel", kernel, tuple(LAYERS))
+        turned = options.get("transposed", False)
+        require(not turned, "a block with transposed sequences", "a layer by itself")
         require_count("expand", expand)
         layer = functools.partial(LAYERS[kernel], d_model, d_state, rngs=rngs)
         self.ssm = layer(dropout=dropout, **options)
@@ -3355,6 +3358,8 @@ def check_general(H, n_ssm, dt_transform, real_transform, imag_transform, is_rea
         require(isinstance(value, bool), f"{name} is {value!r}", "True, False")
     if is_real:
         require(init == "real", f"is_real with init {init!r}", "init 'real'")
+        given = f"is_real with imag_transform {imag_transform!r}"
+        require(imag_transform == "none", given, "'none', there is no Im A")
     if deterministic:
         require(init != "rand", "deterministic with init 'rand'", "any other init")
     if real_transform == "sigmoid":  # -Re A ends at 1
@@ -3597,6 +3602,14 @@ class GeneralS4D(GeneralSSM):
 
 
 # %% [markdown]
+# In blocks and models the name of this layer is `"general"`. There the sequences are
+# $(\text{batch}, L, H)$, so a block refuses `transposed`.
+
+# %%
+LAYERS["general"] = GeneralS4D
+
+
+# %% [markdown]
 # First, that nothing has changed: with the defaults and the same parameters it is the
 # layer of Part 8. Then a layer with many options at once keeps the contract. Last, the
 # sampling rate: on every second sample of a smooth signal, with `rate=2`, the systems
@@ -3613,6 +3626,9 @@ if RUN:
     general = GeneralS4D(4, 16, **many, rngs=nnx.Rngs(0))
     x, y = run_steps(general, v)
     agree("many options, stepped", y, "called", call(general, v), 5e-5)
+    model = S4DModel(4, 3, 8, 16, 1, kernel="general", bidirectional=True,
+                     rngs=nnx.Rngs(0))
+    print("a bidirectional model answers", call(model, v).shape)
     real = GeneralS4D(4, 16, init="real", is_real=True, rngs=nnx.Rngs(0))
     agree("real modes, stepped", run_steps(real, v)[1], "called", call(real, v))
     smooth = jnp.sin(jnp.linspace(0, 6, 2000))[None, :, None] * jnp.ones((1, 1, 4))
@@ -4074,24 +4090,27 @@ if RUN:
 
 # %% [markdown]
 # A chunk is a scan of steps, in which a row that has ended keeps its state. S4 has no
-# short way to the state at the end, as S4D has.
+# short way to the state at the end, as S4D has. On the way it passes every state.
 
 # %%
-@jax.jit
-def s4_advance(A, P, B, C, dt, x, u, lengths):
+@functools.partial(jax.jit, static_argnames="every")
+def s4_advance(A, P, B, C, dt, x, u, lengths, every=False):
     """Take a chunk of steps, one by one. A (Lambda), P, B, C (H, N/2), dt (H,),
     x (batch, H, N/2), u (batch, L, H), lengths (batch,).
 
-    Returns the state after lengths[i] samples of row i, and y (batch, L, H).
+    Returns the state after lengths[i] samples of row i, or, with every, after each
+    sample, (batch, L, H, N/2); and y (batch, L, H).
     """
 
     def step(x, sample):
         l, u_l = sample
         new, y = s4_step(A, P, B, C, dt, x, u_l)
-        return jnp.where((l < lengths)[:, None, None], new, x), y
+        x = jnp.where((l < lengths)[:, None, None], new, x)
+        return x, (x if every else (), y)
 
-    x, y = jax.lax.scan(step, x, (jnp.arange(u.shape[1]), u.swapaxes(0, 1)))
-    return x, y.swapaxes(0, 1)
+    samples = jnp.arange(u.shape[1]), u.swapaxes(0, 1)
+    x, (states, y) = jax.lax.scan(step, x, samples)
+    return states.swapaxes(0, 1) if every else x, y.swapaxes(0, 1)
 
 
 # %% [markdown]
@@ -4129,10 +4148,10 @@ class S4(S4D):
         x, y = s4_step(*self.system(), x, u)
         return x, self.mixer(y + self.D[...] * u)
 
-    def advance(self, x, u, lengths=None):
+    def advance(self, x, u, lengths=None, every=False):
         lengths = check_sequence(u, len(self.D), lengths)
         check_state(x, u[:, 0], *self.A_imag.shape)
-        x, y = s4_advance(*self.system(), x, u, lengths)
+        x, y = s4_advance(*self.system(), x, u, lengths, every)
         return x, masked(self.mixer(y + self.D[...] * u), lengths)
 
 
@@ -4155,6 +4174,8 @@ if RUN:
         x100, last = advance(layer, x50, v[:, 50:], full)
         agree(f"{name}, in chunks", np.hstack([first, last]), "step by step", y)
         agree("state after the chunks", x100, "after the steps", x)
+        states, _ = layer.advance(layer.init_state(2), v, every=True)
+        agree("every state: the 50th", states[:, 49], "after 50 steps", x50)
         row, _ = advance(layer, layer.init_state(2), v[:, :50], jnp.array([37, 50]))
         x37, _ = run_steps(layer, v[:, :37])
         agree("state of a padded row of 37", row[0], "after 37 steps", x37[0])
@@ -4268,7 +4289,6 @@ if RUN:
 # which options of S4D does it then belong?*
 
 # %% [markdown]
-
 # ## Appendix C: How this file shows itself
 #
 # This article is a Python file in which comments that begin with `# %%` divide prose

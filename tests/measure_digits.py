@@ -82,7 +82,7 @@ def run_gru(seed, epochs, lr):
 
 def run_s4d(seed):
     start = time.perf_counter()
-    model, history, test = s4d.trained(seed)
+    model, history, test = s4d.train_digits(seed)
     return dict(
         seed=seed,
         seconds=time.perf_counter() - start,
@@ -126,7 +126,7 @@ def main():
             python=platform.python_version(), jax=jax.__version__, flax=flax.__version__
         ),
         device=str(jax.devices()[0]),
-        s4d=summary(ours, size(s4d.trained(0)[0])),
+        s4d=summary(ours, size(s4d.digit_model(0))),
         gru=summary(gru, size(make_gru(0))),
         gru_tried=tried,
     )

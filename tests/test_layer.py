@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import error, run
+from oracle import error, run, tolerance
 from scipy.special import erf
 
 import annotated_s4d as s4d
@@ -440,3 +440,42 @@ def test_layer_refuses_a_state():
             layer.step(state, u)
     with pytest.raises(ValueError, match="x has shape"):
         layer.advance(x[:1], jnp.ones((2, 5, 3)))
+
+
+# -- every state ----------------------------------------------------------------------
+
+
+def test_every_state_of_the_layer(x64):
+    """advance(every=True) against the states of the oracle, from any state."""
+    layer, u = make(init="lin", dt_min=1e-4), noise(2, 40, 3)
+    x0 = noise(2, 3, 4, seed=1) + 1j * noise(2, 3, 4, seed=2)
+    states, y = layer.advance(x0, u, every=True)
+    exact, y_exact = numpy_layer(layer, u, x0=x0)
+    tol = tolerance(x64, 40)
+    assert error(states, exact.swapaxes(1, 2)) < tol and error(y, y_exact) < tol
+    assert states.dtype == layer.init_state(1).dtype
+    ended, _ = layer.advance(x0, u, jnp.array([0, 7]), every=True)
+    assert (ended[0] == x0[0]).all()  # a row without samples stays where it is
+    assert (ended[1, 6:] == ended[1, 6]).all()
+    assert error(ended[1, :7], states[1, :7]) < tol
+
+
+@pytest.mark.parametrize(
+    "kernel, pooling",
+    [("s4d", "mean"), ("general", "last"), ("dss", "last"), ("s4", "mean")],
+)
+def test_a_rollout_from_any_state(kernel, pooling):
+    """A model goes on from any of its states as if it had never stopped."""
+    model = s4d.S4DModel(
+        2, 3, 4, 8, 2, kernel=kernel, pooling=pooling, rngs=nnx.Rngs(0)
+    )
+    v, rest = noise(2, 24, 2), model.init_state(2)
+    whole_states, answers = model.advance(rest, v, every=True)
+    x, whole = s4d.advance(model, rest, v)
+    assert error(answers, whole) < 1e-5
+    for k in (0, 10):
+        xk = jax.tree.map(lambda x, k=k: x[:, k], whole_states)
+        after, on = s4d.advance(model, xk, v[:, k + 1 :])
+        assert error(on, whole[:, k + 1 :]) < 1e-5
+        for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(x)):
+            assert error(a, b) < 1e-5
