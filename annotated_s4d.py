@@ -978,6 +978,7 @@ def responses(poles, weights, dt, u):
     return K, abs((upper + lower).sum(1)), direct_conv(u, K)
 
 
+# %%
 @figure()
 def explorer(poles=(-1 + 6.24j, -0.4 + 2j), weights=(1.0, 0.5)):
     """Two poles and their conjugates, the kernel that they make together, its frequency
@@ -2198,10 +2199,8 @@ class S4D(DiagonalSSM):
         return x, self.mixer(y + self.D[...] * u)
 
     def advance(self, x, u, lengths=None, every=False):
-        """Take a chunk. Returns x after each row's length, and y as a call does.
-
-        With every, x after each sample, (batch, L, H, N/2).
-        """
+        """Take a chunk. Returns x after each row's length, and y as a call does; with
+        every, x after each sample, (batch, L, H, N/2)."""
         lengths = check_sequence(u, len(self.D), lengths)
         check_state(x, u[:, 0], *self.A_imag.shape)
         take = s4d_every if every else s4d_advance
@@ -2221,10 +2220,10 @@ def call(module, *args):
     return module(*args)
 
 
-@nnx.jit
-def advance(module, x, *args):
-    """Advance a module from state x, compiled: module.advance(x, *args)."""
-    return module.advance(x, *args)
+@functools.partial(nnx.jit, static_argnames="every")
+def advance(module, x, *args, every=False):
+    """Advance a module from state x, compiled: module.advance(x, *args, every=...)."""
+    return module.advance(x, *args, every=every)
 
 
 @nnx.jit
@@ -2249,7 +2248,7 @@ if RUN:
     agree("state after the chunks", x100, "after the steps", x)
     x_padded, _ = advance(layer, layer.init_state(2), v, jnp.array([37, 100]))
     agree("state of a padded row of 37", x_padded[0], "after 37", x37[0])
-    states, _ = layer.advance(layer.init_state(2), v, every=True)
+    states, _ = advance(layer, layer.init_state(2), v, every=True)
     agree("every state: the 37th", states[:, 36], "after 37", x37)
 
 
@@ -2314,8 +2313,8 @@ class S4DBlock(nnx.Module):
     def __init__(self, d_model, d_state=64, *, kernel="s4d", expand=2, dropout=0.0,
                  rngs, **options):
         require_choice("kernel", kernel, tuple(LAYERS))
-        turned = options.get("transposed", False)
-        require(not turned, "a block with transposed sequences", "a layer by itself")
+        alone = not options.get("transposed")
+        require(alone, "transposed sequences in a block", "in a layer alone")
         require_count("expand", expand)
         layer = functools.partial(LAYERS[kernel], d_model, d_state, rngs=rngs)
         self.ssm = layer(dropout=dropout, **options)
@@ -2501,9 +2500,10 @@ if RUN:
         agree(f"{how}: stepped", run_steps(model, v)[1], "advanced", answers)
         padded = call(model, v, jnp.array([20, 50]))
         agree(f"{how}: answer at 20", answers[0, 19], "row of 20, padded", padded[0])
-    states, _ = model.advance(model.init_state(2), v, every=True)
+    states, _ = advance(model, model.init_state(2), v, every=True)
     x20 = jax.tree.map(lambda x: x[:, 19], states)
-    agree("on from state 20", advance(model, x20, v[:, 20:])[1], "whole", answers[:, 20:])
+    _, on = advance(model, x20, v[:, 20:])
+    agree("on from state 20", on, "whole", answers[:, 20:])
 
 
 # %% [markdown]
@@ -3119,7 +3119,6 @@ def train_on_stream(model, optimizer, chunks, x=None, *, carry=True):
     return x, losses
 
 
-
 # %% [markdown]
 # The task is an echo: say what came in 600 samples ago, while a chunk has 512. Without
 # a carried state nothing of the answer is in sight. The input is noise, made smooth by
@@ -3368,12 +3367,30 @@ def check_general(H, n_ssm, dt_transform, real_transform, imag_transform, is_rea
 
 
 # %% [markdown]
-# The class makes `n_ssm` systems as Part 8 does and stores their numbers in the chosen
-# forms. Its `system` reads them back and copies them to the $H$ channels. All that
-# Parts 3 to 6 can do with a system they do with this one.
+# What chance decides, or does not: the places of the $\Delta$ in their range, and $C$
+# and $D$.
 
 # %%
-class GeneralSSM(S4D):
+def spread(shape, chance):
+    """Numbers from 0 to 1: random if there is chance, a source of keys; else even."""
+    even = jnp.linspace(0, 1, math.prod(shape)).reshape(shape)
+    return jax.random.uniform(chance(), shape) if chance else even
+
+
+def outputs(C_shape, D_shape, chance):
+    """C (*C_shape, 2), pairs of real numbers, and D: random, or constant."""
+    if chance:
+        C = jax.random.normal(chance(), (*C_shape, 2)) * 0.5**0.5
+        return C, jax.random.normal(chance(), D_shape)
+    return jnp.ones((*C_shape, 1)) * jnp.array([1.0, 0.0]), jnp.ones(D_shape)
+
+
+# %% [markdown]
+# The class makes `n_ssm` systems as Part 8 does and stores their numbers in the chosen
+# forms.
+
+# %%
+class StoredSSM(S4D):
     """n_ssm systems for H channels. log_dt, log_A_real, A_imag hold the stored numbers
     of each system, C (*heads, H, N/2), D (channels, H). S4's repository, s4.py.
     """
@@ -3392,26 +3409,27 @@ class GeneralSSM(S4D):
         self.dt, store_dt = POSITIVE[dt_transform]
         self.decay, store_decay = POSITIVE[real_transform]
         self.frequency, store_frequency = IMAGINARY[imag_transform]
-        shape = (n_ssm,) if dt_tie else self.A_imag.shape
-        chance = None if deterministic else rngs.params
-        dt = dt_min * (dt_max / dt_min) ** spread(shape, chance)
+        half, chance = self.A_imag.shape, None if deterministic else rngs.params
+        dt = dt_min * (dt_max / dt_min) ** spread(half[: 2 - dt_tie], chance)
         self.log_dt = nnx.Param(store_dt(dt))
         self.log_A_real = nnx.Param(store_decay(jnp.exp(self.log_A_real[...])))
         self.A_imag = nnx.Param(store_frequency(self.A_imag[...]))
-        heads = (2,) * bidirectional + (channels,) * (channels > 1)
-        self.start_outputs((*heads, H), (channels,) * (channels > 1) + (H,), chance)
-
-    def start_outputs(self, C_shape, D_shape, chance):
-        """Make C and D, and let go of what real modes do not need."""
-        C = jnp.ones((*C_shape, self.B.shape[1], 1)) * jnp.array([1.0, 0.0])
-        D = jnp.ones(D_shape)
-        if chance:
-            C = jax.random.normal(chance(), C.shape) * 0.5**0.5
-            D = jax.random.normal(chance(), D.shape)
-        if self.is_real:
+        several = (channels,) * (channels > 1)
+        heads = (2,) * bidirectional + several
+        C, D = outputs((*heads, H, half[1]), (*several, H), chance)
+        if is_real:
             C, self.B = C[..., 0], nnx.Param(self.B[..., 0])
             del self.A_imag
         self.C, self.D = nnx.Param(C), nnx.Param(D)
+
+
+# %% [markdown]
+# Its `system` reads the numbers back and copies them to the $H$ channels. All that
+# Parts 3 to 6 can do with a system they do with this one.
+
+# %%
+class GeneralSSM(StoredSSM):
+    """The systems that the stored numbers mean."""
 
     def system(self):
         """Return A, B, C (..., H, N/2), complex, and dt (H,), within constraints."""
@@ -3426,11 +3444,9 @@ class GeneralSSM(S4D):
         A, B, dt = (jnp.repeat(p, self.copies, axis=0) for p in (A, B, dt))
         return A, B, C, dt
 
-
-def spread(shape, chance):
-    """Numbers from 0 to 1: random if there is chance (a source of keys), else even."""
-    even = jnp.linspace(0, 1, math.prod(shape)).reshape(shape)
-    return jax.random.uniform(chance(), shape) if chance else even
+    def init_state(self, batch):
+        x = super().init_state(batch)
+        return x.real if self.is_real else x
 
 
 # %% [markdown]
@@ -3452,7 +3468,8 @@ class GeneralMixer(Mixer):
     """From y (..., L, channels H / bottleneck) and the layer's input u (..., L, H) to
     the layer's output (..., L, H)."""
 
-    def __init__(self, d_inner, d_model, final_act, dropout, gate, tie_dropout, *, rngs):
+    def __init__(self, d_inner, d_model, final_act, dropout, gate, tie_dropout, *,
+                 rngs):
         super().__init__(d_model, final_act, dropout, rngs=rngs)
         if gate is not None:
             require_count("gate", gate)
@@ -3493,10 +3510,7 @@ def both_ways(u, K):
 
 
 # %% [markdown]
-# The layer itself. Its three ways to run are those of Part 8. Several $C$ are mapped
-# over with `jax.vmap`; the state does not depend on $C$ and is computed once. A layer
-# with two directions would have to know the future, and a kernel that ends is not a
-# state that fades: these two refuse to `step` and to `advance`.
+# These options are looked at first, too:
 
 # %%
 def check_around(d_model, bottleneck, channels, l_max, **switches):
@@ -3512,14 +3526,13 @@ def check_around(d_model, bottleneck, channels, l_max, **switches):
         require(isinstance(value, bool), f"{name} is {value!r}", "True, False")
 
 
-class GeneralS4D(GeneralSSM):
-    """S4D with all options. u and y (batch, L, H), or (batch, H, L) if transposed; x
-    (batch, H / bottleneck, N/2), or N real numbers if is_real.
+# %% [markdown]
+# Now the frame, which a sequence enters and leaves: turned, checked and narrowed on the
+# way in, and with the wire $D$ mixed on the way out.
 
-    Options: those of S4D and bidirectional, channels, n_ssm, dt_tie, dt_transform,
-    real_transform, imag_transform, is_real, deterministic, bottleneck, gate,
-    tie_dropout, transposed, l_max, rate. Raises ValueError for what cannot be.
-    """
+# %%
+class Surrounded(GeneralSSM):
+    """General systems, and what a sequence goes through before and after them."""
 
     def __init__(self, d_model, d_state=64, *, dropout=0.0, final_act="glu",
                  bidirectional=False, channels=1, bottleneck=None, gate=None,
@@ -3536,12 +3549,6 @@ class GeneralS4D(GeneralSSM):
         self.d_model, self.shape = d_model, (H, self.log_A_real.shape[-1])
         self.channels, self.directions = channels, 1 + bidirectional
         self.transposed, self.l_max = transposed, l_max
-
-    def kernel(self, L):
-        """Return K (*heads, H, L); heads are (2,) if bidirectional, then channels."""
-        short = min(L, self.l_max or L)
-        K = super().kernel(short)
-        return jnp.pad(K, [(0, 0)] * (K.ndim - 1) + [(0, L - short)])
 
     def enter(self, u, lengths):
         """Check a sequence. Returns u (batch, L, H), v (batch, H / bottleneck, L), the
@@ -3560,6 +3567,51 @@ class GeneralS4D(GeneralSSM):
         y = masked(self.mixer(y.swapaxes(1, 2), u), lengths)
         return y.swapaxes(1, 2) if self.transposed else y
 
+
+# %% [markdown]
+# Inside it the three ways to run are those of Part 8. Several $C$ are mapped over with
+# `jax.vmap`; the state does not depend on $C$ and is computed once. A layer with two
+# directions would have to know the future, and a kernel that ends is not a state that
+# fades: these two refuse to `step` and to `advance`.
+
+# %%
+def each_output(layer, take, x, v, *more):
+    """Take a step or a chunk with each C of a general layer. Returns x, and y
+    (batch, channels, ...)."""
+    allowed = "calls; step and advance cannot know the future"
+    require(layer.directions == 1, "the layer is bidirectional", allowed)
+    allowed = "calls; the state of step and advance has no end"
+    require(layer.l_max is None, f"the kernel ends at l_max {layer.l_max}", allowed)
+    shape = (len(v), *layer.shape)
+    require(x.shape == shape, f"x has shape {x.shape}", f"{shape}")
+    A, B, C, dt = layer.system()
+
+    def one(C):
+        return take(A, B, C, dt, x + 0j, v, *more, layer.method)
+
+    x, y = jax.vmap(one, out_axes=(None, 1))(C.reshape(layer.channels, *layer.shape))
+    return x.real if layer.is_real else x, y
+
+
+# %% [markdown]
+# And the layer:
+
+# %%
+class GeneralS4D(Surrounded):
+    """S4D with all options. u and y (batch, L, H), or (batch, H, L) if transposed; x
+    (batch, H / bottleneck, N/2), or N real numbers if is_real.
+
+    Options: those of S4D and bidirectional, channels, n_ssm, dt_tie, dt_transform,
+    real_transform, imag_transform, is_real, deterministic, bottleneck, gate,
+    tie_dropout, transposed, l_max, rate. Raises ValueError for what cannot be.
+    """
+
+    def kernel(self, L):
+        """Return K (*heads, H, L); heads are (2,) if bidirectional, then channels."""
+        short = min(L, self.l_max or L)
+        K = super().kernel(short)
+        return jnp.pad(K, [(0, 0)] * (K.ndim - 1) + [(0, L - short)])
+
     def __call__(self, u, lengths=None):
         u, v, lengths = self.enter(u, lengths)
         K = self.kernel(v.shape[-1])
@@ -3568,36 +3620,17 @@ class GeneralS4D(GeneralSSM):
         y = both_ways(w, K) if self.directions == 2 else causal_conv(w, K[0])
         return self.leave(y, v, u, lengths)
 
-    def init_state(self, batch):
-        x = super().init_state(batch)
-        return x.real if self.is_real else x
-
-    def run(self, take, x, v, *lengths):
-        """Take a step or a chunk with each C. Returns x, y (batch, channels, ...)."""
-        allowed = "calls; step and advance cannot know the future"
-        require(self.directions == 1, "the layer is bidirectional", allowed)
-        allowed = "calls; the state of step and advance has no end"
-        require(self.l_max is None, f"the kernel ends at l_max {self.l_max}", allowed)
-        shape = (len(v), *self.shape)
-        require(x.shape == shape, f"x has shape {x.shape}", f"{shape}")
-        A, B, C, dt = self.system()
-
-        def one(C):
-            return take(A, B, C, dt, x + 0j, v, *lengths, self.method)
-
-        x, y = jax.vmap(one, out_axes=(None, 1))(C.reshape(self.channels, *self.shape))
-        return x.real if self.is_real else x, y
-
     def step(self, x, u):
         require(u.ndim == 2, f"u has shape {u.shape}", f"(batch, {self.d_model})")
         one = u[:, :, None] if self.transposed else u[:, None]
         w, v, lengths = self.enter(one, None)
-        x, y = self.run(s4d_step, x, v[..., 0])
+        x, y = each_output(self, s4d_step, x, v[..., 0])
         return x, self.leave(y[..., None], v, w, lengths).reshape(u.shape)
 
     def advance(self, x, u, lengths=None, every=False):
         u, v, lengths = self.enter(u, lengths)
-        x, y = self.run(s4d_every if every else s4d_advance, x, v, lengths)
+        take = s4d_every if every else s4d_advance
+        x, y = each_output(self, take, x, v, lengths)
         return x, self.leave(y, v, u, lengths)
 
 
@@ -3636,8 +3669,8 @@ if RUN:
         GeneralS4D(4, 16, rate=rate, final_act=None, rngs=nnx.Rngs(0))
         for rate in (1.0, 2.0)
     )
-    seconds = call(coarse, smooth[:, ::2])
-    agree("every second sample", seconds, "all samples", call(fine, smooth)[:, ::2], 0.02)
+    seconds, firsts = call(coarse, smooth[:, ::2]), call(fine, smooth)[:, ::2]
+    agree("every second sample", seconds, "all samples", firsts, 0.02)
 
 
 # %% [markdown]
@@ -4174,7 +4207,7 @@ if RUN:
         x100, last = advance(layer, x50, v[:, 50:], full)
         agree(f"{name}, in chunks", np.hstack([first, last]), "step by step", y)
         agree("state after the chunks", x100, "after the steps", x)
-        states, _ = layer.advance(layer.init_state(2), v, every=True)
+        states, _ = advance(layer, layer.init_state(2), v, every=True)
         agree("every state: the 50th", states[:, 49], "after 50 steps", x50)
         row, _ = advance(layer, layer.init_state(2), v[:, :50], jnp.array([37, 50]))
         x37, _ = run_steps(layer, v[:, :37])
@@ -4254,6 +4287,10 @@ def kernel_accuracies():
     return {}
 
 
+# %% [markdown]
+# The table, a column for each:
+
+# %%
 if RUN:
     columns, lines, measured = [], kernel_code(), kernel_accuracies()
     reached = "{mean:.1%} ± {spread:.1%}" if measured else "not measured"
@@ -4478,6 +4515,7 @@ import ast
 import gc
 import html  # noqa: F811
 import importlib
+import inspect  # noqa: F811
 import json  # noqa: F811
 import math
 import threading
@@ -4679,8 +4717,7 @@ class Training:
 
     def run(self):
         since, article = time.perf_counter(), self.studio.article()
-        arguments = article.inspect.signature(article.train).parameters
-        self.epochs = arguments["epochs"].default
+        self.epochs = inspect.signature(article.train).parameters["epochs"].default
         try:
             model, _, test = article.train_digits(watch=self.watch)
         except InterruptedError:
@@ -4824,8 +4861,8 @@ def follow(training, watching):
         training.stopped = True
         st.rerun()
     if busy:
-        done, epochs = len(training.history), training.epochs
-        right.progress(done / epochs, f"{done} of {epochs} epochs, seen by all visitors")
+        done, all_of = len(training.history), training.epochs
+        right.progress(done / all_of, f"{done} of {all_of} epochs, for all to see")
     elif training.outcome:
         right.markdown(training.outcome)
     if training.history:

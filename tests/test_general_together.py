@@ -53,7 +53,7 @@ def layers(draw):
     return H, N, options
 
 
-@settings(max_examples=8, derandomize=True, deadline=None, phases=[Phase.generate])
+@settings(max_examples=6, derandomize=True, deadline=None, phases=[Phase.generate])
 @given(
     layer=layers(),
     cuts=st.lists(st.integers(1, 20), min_size=1, max_size=2).map(tuple),

@@ -462,7 +462,7 @@ def test_every_state_of_the_layer(x64):
 
 @pytest.mark.parametrize(
     "kernel, pooling",
-    [("s4d", "mean"), ("general", "last"), ("dss", "last"), ("s4", "mean")],
+    [("s4d", "mean"), ("s4", "last")],
 )
 def test_a_rollout_from_any_state(kernel, pooling):
     """A model goes on from any of its states as if it had never stopped."""
@@ -470,12 +470,12 @@ def test_a_rollout_from_any_state(kernel, pooling):
         2, 3, 4, 8, 2, kernel=kernel, pooling=pooling, rngs=nnx.Rngs(0)
     )
     v, rest = noise(2, 24, 2), model.init_state(2)
-    whole_states, answers = model.advance(rest, v, every=True)
+    whole_states, answers = s4d.advance(model, rest, v, every=True)
     x, whole = s4d.advance(model, rest, v)
     assert error(answers, whole) < 1e-5
-    for k in (0, 10):
-        xk = jax.tree.map(lambda x, k=k: x[:, k], whole_states)
-        after, on = s4d.advance(model, xk, v[:, k + 1 :])
-        assert error(on, whole[:, k + 1 :]) < 1e-5
-        for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(x)):
-            assert error(a, b) < 1e-5
+    after, on = s4d.advance(
+        model, jax.tree.map(lambda x: x[:, 10], whole_states), v[:, 11:]
+    )
+    assert error(on, whole[:, 11:]) < 1e-5
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(x)):
+        assert error(a, b) < 1e-5
