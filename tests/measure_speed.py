@@ -1,0 +1,286 @@
+"""How fast the kernel, a training step and generation are, beside the plain forms.
+
+    python tests/measure_speed.py            measure, print the table
+    python tests/measure_speed.py --write    and put it into README.md
+
+The plain form is the same model written the obvious way in JAX: the Vandermonde sum
+with one complex exponential for each mode and step, and a real FFT padded to twice the
+length. Where PyTorch is installed, the authors' minimal layer stands beside it, written
+once more below. The forms take turns in one run, after warming up. A ratio is the
+quotient of two medians; where the turns of a form differ by more than a quarter (from
+the first to the third quartile, as a share of the median) the machine was disturbed,
+and no ratio is printed.
+"""
+
+import argparse
+import functools
+import os
+import platform
+import re
+import sys
+import time
+from pathlib import Path
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import annotated_s4d as s4d  # noqa: E402
+
+try:
+    import torch
+except ImportError:
+    torch = None
+
+
+# -- the plain forms ------------------------------------------------------------------
+
+
+def plain_kernel(A, B, C, dt, L):
+    """The Vandermonde sum as it is usually written."""
+    A_bar, B_bar = s4d.s4d_discretize(A, B, dt)
+    powers = jnp.exp((dt[..., None] * A)[..., None] * jnp.arange(L))  # (H, N/2, L)
+    return 2 * jnp.einsum("hn,hnl->hl", C * B_bar, powers).real
+
+
+class PlainS4D(s4d.S4D):
+    """The layer with the plain kernel and the padded FFT."""
+
+    def __call__(self, u, lengths=None):
+        K = plain_kernel(*self.system(), u.shape[1])
+        y = s4d.padded_conv(u.swapaxes(1, 2), K).swapaxes(1, 2)
+        return self.mixer(y + self.D[...] * u)
+
+
+s4d.LAYERS["plain"] = PlainS4D
+
+
+def torch_model(d_input, d_output, H, N, layers):
+    """The same classifier in PyTorch, after the authors' minimal S4D."""
+    nn = torch.nn
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.log_dt = nn.Parameter(torch.empty(H).uniform_(-6.9, -2.3))
+            self.C = nn.Parameter(torch.randn(H, N // 2, 2) * 0.5**0.5)
+            self.log_A_real = nn.Parameter(torch.full((H, N // 2), -0.693))
+            imag = torch.pi * torch.arange(N // 2).float()
+            self.A_imag = nn.Parameter(imag.repeat(H, 1))
+            self.D = nn.Parameter(torch.randn(H))
+            self.mix = nn.Sequential(nn.Conv1d(H, 2 * H, 1), nn.GLU(-2))
+
+        def forward(self, u):  # (batch, H, L)
+            L = u.shape[-1]
+            A = -torch.exp(self.log_A_real) + 1j * self.A_imag
+            dtA = A * torch.exp(self.log_dt)[:, None]
+            C = torch.view_as_complex(self.C) * (torch.exp(dtA) - 1) / A
+            powers = torch.exp(dtA[..., None] * torch.arange(L))
+            K = 2 * torch.einsum("hn,hnl->hl", C, powers).real
+            Y = torch.fft.rfft(u, 2 * L) * torch.fft.rfft(K, 2 * L)
+            y = torch.fft.irfft(Y, 2 * L)[..., :L] + self.D[:, None] * u
+            return self.mix(nn.functional.gelu(y))
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ssm, self.norms = Layer(), nn.ModuleList(map(nn.LayerNorm, (H, H)))
+            self.ffn = nn.Sequential(
+                nn.Linear(H, 2 * H), nn.GELU(), nn.Linear(2 * H, H)
+            )
+
+        def forward(self, u):  # (batch, L, H)
+            u = u + self.ssm(self.norms[0](u).transpose(1, 2)).transpose(1, 2)
+            return u + self.ffn(self.norms[1](u))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            blocks = [Block() for _ in range(layers)]
+            ends = nn.Linear(d_input, H), nn.LayerNorm(H)
+            self.body = nn.Sequential(ends[0], *blocks, ends[1])
+            self.decoder = nn.Linear(H, d_output)
+
+        def forward(self, u):
+            return self.decoder(self.body(u).mean(1))
+
+    return Model()
+
+
+# -- measuring ------------------------------------------------------------------------
+
+
+def take_turns(forms, turns):
+    """Seconds of each form, which take turns. Returns {name: (median, spread)}."""
+    for run in forms.values():
+        run(), run()
+    seconds = {name: [] for name in forms}
+    for _ in range(turns):
+        for name, run in forms.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    quartiles = {name: np.quantile(s, [0.25, 0.5, 0.75]) for name, s in seconds.items()}
+    return {name: (q[1], (q[2] - q[0]) / q[1]) for name, q in quartiles.items()}
+
+
+def rows(what, forms, turns, scale=1e3, unit="ms"):
+    """Measure forms, ours first. Yields the rows of the table."""
+    results = take_turns(forms, turns)
+    (ours, calm), *_ = results.values()
+    for name, (median, spread) in results.items():
+        ratio = f"{median / ours:.1f}"
+        if max(spread, calm) > 0.25:
+            ratio = "disturbed"
+        yield what, name, f"{scale * median:.3g} {unit} ± {spread:.0%}", ratio
+
+
+def blocked(f, *args):
+    return lambda: jax.block_until_ready(f(*args))
+
+
+def system(H=256, N=64):
+    """A, B, C, dt of H channels, as a layer starts."""
+    layer = s4d.S4D(H, N, init="lin", rngs=nnx.Rngs(0))
+    return layer.system()
+
+
+def kernels(L, turns):
+    """The kernel, forward and with its gradient."""
+    parts = system()
+    forms = {"ours": s4d.s4d_kernel, "plain sum": plain_kernel}
+    forward = {k: jax.jit(functools.partial(f, L=L)) for k, f in forms.items()}
+    calls = {name: blocked(f, *parts) for name, f in forward.items()}
+    yield from rows(f"kernel, L = {L:,}", calls, turns)
+    calls = {
+        name: blocked(jax.jit(gradient_of(f)), *parts) for name, f in forward.items()
+    }
+    yield from rows(f"kernel and gradient, L = {L:,}", calls, turns)
+
+
+def gradient_of(f):
+    def loss(*args):
+        return (f(*args) ** 2).sum()
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2, 3))
+
+
+def memory(L=65536):
+    """What XLA sets aside for a kernel with its gradient, beside the plain sum."""
+    sizes = {}
+    for name, f in {"ours": s4d.s4d_kernel, "plain sum": plain_kernel}.items():
+        step = jax.jit(gradient_of(functools.partial(f, L=L)))
+        analysis = step.lower(*system()).compile().memory_analysis()
+        sizes[name] = analysis.temp_size_in_bytes
+    for name, size in sizes.items():
+        what = f"memory of kernel and gradient, L = {L:,}"
+        yield what, name, f"{size / 2**20:,.0f} MB", f"{size / sizes['ours']:.1f}"
+
+
+def training(turns, H=128, N=64, L=784, batch=32, layers=4):
+    """A training step of a classifier with four layers."""
+    rng = np.random.default_rng(0)
+    u = rng.standard_normal((batch, L, 1)).astype(np.float32)
+    labels = rng.integers(0, 10, batch)
+    forms = {}
+    for name, kernel in (("ours", "s4d"), ("plain JAX", "plain")):
+        model = s4d.S4DModel(
+            1, 10, H, N, layers, init="lin", kernel=kernel, rngs=nnx.Rngs(0)
+        )
+        optimizer = s4d.make_optimizer(model, 1000)
+        update = nnx.cached_partial(s4d.train_step, model, optimizer)
+        forms[name] = lambda update=update: float(update(u, labels))
+    if torch:
+        model = torch_model(1, 10, H, N, layers)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        inputs, wanted = torch.tensor(u), torch.tensor(labels)
+
+        def step():
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(model(inputs), wanted)
+            loss.backward()
+            optimizer.step()
+            return loss.item()
+
+        forms["PyTorch"] = step
+    yield from rows(f"training step, {batch} x {L}, {layers} layers", forms, turns)
+
+
+def generation(turns, H=256, N=64, layers=4, steps=256):
+    """Steps of a stream inside one compiled scan, early and late in it."""
+    for batch in (1, 16):
+        model = s4d.S4DModel(
+            1, 17, H, N, layers, init="lin", pooling="none", rngs=nnx.Rngs(0)
+        )
+        u = jnp.ones((batch, steps, 1))
+        late, _ = s4d.advance(
+            model, model.init_state(batch), jnp.ones((batch, 2048, 1))
+        )
+        states = {"at the start": model.init_state(batch), "after 2,048 steps": late}
+
+        @nnx.jit
+        def stream(model, x, u):
+            return jax.lax.scan(model.step, x, u.swapaxes(0, 1))[1]
+
+        forms = {
+            name: blocked(functools.partial(stream, model), x, u)
+            for name, x in states.items()
+        }
+        what = f"one step, batch {batch}, {layers} layers, H = {H}"
+        yield from rows(what, forms, turns, 1e6 / steps, "µs")
+
+
+def limits(turns):
+    """What this machine can do."""
+    a, b = jnp.ones((2048, 2048)), jnp.ones((4096, 1024))
+    product, _ = take_turns({"": blocked(jax.jit(jnp.matmul), a, a)}, turns)[""]
+    fft, _ = take_turns({"": blocked(jax.jit(jnp.fft.rfft), b)}, turns)[""]
+    copy, _ = take_turns({"": blocked(jax.jit(jnp.negative), b)}, turns)[""]
+    yield "matrix product", "JAX", f"{2 * 2048**3 / product / 1e9:.0f} GFLOP/s", ""
+    work = 2.5 * 4096 * 1024 * 10
+    yield "real FFT of 1,024", "JAX", f"{work / fft / 1e9:.0f} GFLOP/s", ""
+    yield "negate 16 MB", "JAX", f"{2 * b.nbytes / copy / 1e9:.0f} GB/s", ""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="put it into README.md")
+    parser.add_argument("--turns", type=int, default=15, help="of each form (15)")
+    options = parser.parse_args()
+    s4d.keep_memory()
+    versions = f"jax {jax.__version__}, flax {flax.__version__}"
+    versions += f", torch {torch.__version__}" if torch else ", PyTorch not installed"
+    said = (
+        "Measured with `python tests/measure_speed.py` on "
+        f"{jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores; "
+        f"Python {platform.python_version()}, {versions}; glibc keeps its pages; "
+        f"medians of {options.turns} turns ± quartiles):"
+    )
+    print(said)
+    lines = ["| what | form | measured | by ours |", "|:--|:--|--:|--:|"]
+    few = max(5, options.turns // 2)
+    for part in (
+        limits(options.turns),
+        kernels(1024, options.turns),
+        kernels(4096, few),
+        memory(),
+        training(few),
+        generation(options.turns),
+    ):
+        for what, form, measured, ratio in part:
+            print(f"{what:42s} {form:18s} {measured:>18s} {ratio:>10s}", flush=True)
+            lines.append(f"| {what} | {form} | {measured} | {ratio} |")
+    if options.write:
+        readme = ROOT / "README.md"
+        text, table = readme.read_text(encoding="utf-8"), "\n".join(lines)
+        marks = r"(?s)(<!-- speed -->\n).*?(\n<!-- end -->)"
+        text = re.sub(marks, rf"\g<1>{said}\n\n{table}\g<2>", text)
+        readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
