@@ -59,6 +59,7 @@
 # | Appendix A | all options of the layer; weights from elsewhere |
 # | Appendix B | what S4D left out: DSS and S4 |
 # | Appendix C | how this file shows itself |
+# | Appendix D | training from the command line, on several devices |
 #
 # ### Setup
 #
@@ -71,10 +72,13 @@ import re
 import sys
 from pathlib import Path
 
-RUN = __name__ == "__main__"
+MAIN, FILE = __name__ == "__main__", Path(globals().get("__file__", "")).resolve()
+SERVED = MAIN and "streamlit" in sys.modules and sys.modules["streamlit"].runtime.exists()
+COMMAND = MAIN and not SERVED and Path(sys.argv[0]).resolve() == FILE and sys.argv[1:]
+RUN = MAIN and not COMMAND
 PAGE_CELLS = r'(?ms)^# %% tags=\["page"\].*?\n(.*?)(?=^# %%|\Z)'
 
-if RUN and "streamlit" in sys.modules and sys.modules["streamlit"].runtime.exists():
+if SERVED:
     # `streamlit run`: show the page that Appendix C defines, and stop here. Its cells
     # come without the rest, so that the words need not wait for JAX to be imported.
     text = Path(__file__).read_text(encoding="utf-8")
@@ -85,17 +89,25 @@ if RUN and "streamlit" in sys.modules and sys.modules["streamlit"].runtime.exist
     sys.modules["streamlit"].stop()
 
 # %%
+import argparse
 import base64
+import contextlib
 import ctypes
 import functools
+import gzip
 import hashlib
 import html
 import inspect
 import io
 import json
+import logging
 import math
+import os
+import shlex
+import signal
 import threading
 import time
+import zlib
 from urllib.parse import quote
 
 import jax
@@ -110,6 +122,7 @@ import scipy.linalg
 import scipy.signal
 import scipy.special
 from flax import nnx
+from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
 
 # %% [markdown]
@@ -118,8 +131,9 @@ from matplotlib.figure import Figure
 # of the largest value, and stops the page if that is too much.
 #
 # Cells that do work begin with `if RUN:`. It is true in a notebook and in a script, and
-# false when this file is imported as a library, so that an import computes nothing. The
-# folded cell above sets it, and shows the file as a web page where that is asked for.
+# false when this file is imported as a library, so that an import computes nothing, and
+# when it is started with a command (Appendix D). The folded cell above sets it, and
+# shows the file as a web page where that is asked for.
 
 # %%
 def agree(left, a, right, b, tolerance=1e-5):
@@ -2172,6 +2186,8 @@ class S4D(DiagonalSSM):
     "id" (no activation) or None (no mixing map).
     """
 
+    convolve = staticmethod(causal_conv)
+
     def __init__(self, d_model, d_state=64, *, dropout=0.0, final_act="glu", rngs,
                  **options):
         super().__init__(d_model, d_state, rngs=rngs, **options)
@@ -2184,7 +2200,7 @@ class S4D(DiagonalSSM):
     def __call__(self, u, lengths=None):
         """Run whole sequences from rest; y is zero after the end of a row."""
         lengths = check_sequence(u, len(self.D), lengths)
-        y = causal_conv(u.swapaxes(1, 2), self.kernel(u.shape[1])).swapaxes(1, 2)
+        y = self.convolve(u.swapaxes(1, 2), self.kernel(u.shape[1])).swapaxes(1, 2)
         return masked(self.mixer(y + self.D[...] * u), lengths)
 
     def init_state(self, batch):
@@ -2730,16 +2746,17 @@ def make_optimizer(model, steps, lr=4e-3, ssm_lr=1e-3, weight_decay=0.05):
 # The loss is minus the logarithm of the right class's probability, the *cross-entropy*.
 # One training step is: scores, loss, gradient, update. `nnx.jit` compiles it once. The
 # dropout layers draw a fresh mask at every step, since their random stream is part of
-# the model and moves on with each use.
+# the model and moves on with each use. Rows may be weighted: Appendix D gives weight 0
+# to rows that only fill up a batch.
 
 # %%
 @nnx.jit
-def train_step(model, optimizer, u, labels):
+def train_step(model, optimizer, u, labels, weights=None):
     """Take one step. Returns the loss; model and optimizer are updated in place."""
 
     def loss_fn(model):
         losses = optax.softmax_cross_entropy_with_integer_labels(model(u), labels)
-        return losses.mean()
+        return jnp.average(losses, weights=weights)
 
     loss, grads = nnx.value_and_grad(loss_fn)(model)
     optimizer.update(model, grads)
@@ -2748,97 +2765,161 @@ def train_step(model, optimizer, u, labels):
 
 # %% [markdown]
 # To evaluate, look at the model in another mode, with dropout off. `nnx.view` gives
-# such a view and leaves the model itself in training.
+# such a view and leaves the model itself in training. A large set is looked at in
+# portions, so that it need not fit into memory at once.
 
 # %%
-def evaluate(model, data):
-    """Return the mean loss and the accuracy on (inputs, labels), without dropout."""
-    u, labels = data
-    scores = call(nnx.view(model, deterministic=True), u)
-    losses = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
-    return float(losses.mean()), float((scores.argmax(-1) == labels).mean())
+def evaluate(model, data, ask=call, portion=500):
+    """Return the mean loss and the accuracy on (inputs, labels), without dropout.
+
+    ask(model, inputs) returns the scores of a portion.
+    """
+    view, means, sizes = nnx.view(model, deterministic=True), [], []
+    for i in range(0, len(data[0]), portion):
+        u, labels = (part[i : i + portion] for part in data)
+        scores = ask(view, u)
+        losses = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
+        means.append((losses.mean(), (scores.argmax(-1) == labels).mean()))
+        sizes.append(len(u))
+    return tuple(map(float, np.average(means, 0, sizes)))
 
 
 # %% [markdown]
 # An *epoch* is a pass through all images. They come in a new order every time, and what
 # does not fill a batch at the end of one epoch begins the first batch of the next. The
 # images are few, and a model of this size could learn them by heart. So every image is
-# nudged half of the time: moved by up to one pixel, anew each time it comes.
+# nudged half of the time: moved by up to one pixel, anew each time it comes. Whoever
+# wants to break off and go on later gives a NumPy generator in place of the seed, and
+# notes its state.
 
 # %%
-def batches(data, epochs, batch_size, seed, augment=None):
+def batches(data, epochs, batch_size, seed, augment=None, place=None, whole=True):
     """Yield batches of (inputs, labels) for so many epochs, reshuffled each time.
 
-    augment(inputs, rng) may change the inputs of each batch.
+    augment(inputs, rng) may change the inputs of each batch. seed may be a generator;
+    place says where it was left: batches taken, state. With whole=False the last batch
+    may be smaller, else such a rest is left out.
     """
     rng, (u, labels) = np.random.default_rng(seed), data
     order = np.concatenate([rng.permutation(len(u)) for _ in range(epochs)])
-    for i in range(0, len(order) - batch_size + 1, batch_size):
+    done, rng.bit_generator.state = place or (0, rng.bit_generator.state)
+    end = len(order) - batch_size + 1 if whole else len(order)
+    for i in range(done * batch_size, end, batch_size):
         rows = order[i : i + batch_size]
         yield augment(u[rows], rng) if augment else u[rows], labels[rows]
 
 
 # %% [markdown]
-# The nudge pads the image with a border of black and cuts out 8 by 8 pixels again,
+# The nudge pads the image with a border of black and cuts out its 8 by 8 pixels again,
 # somewhere else. Classes do not change when a digit moves by a pixel.
 
 # %%
 def nudged(images, rng):
-    """Move half of the 8 x 8 images by up to one pixel; what comes in is black."""
-    border, n = ((0, 0), (1, 1), (1, 1)), len(images)
-    padded = np.pad(images.reshape(-1, 8, 8), border, constant_values=-1)
+    """Move half of the square images by up to one pixel; what comes in is black."""
+    border, n, side = ((0, 0), (1, 1), (1, 1)), len(images), math.isqrt(images.shape[1])
+    padded = np.pad(images.reshape(-1, side, side), border, constant_values=-1)
     moves = np.where(rng.random((n, 1, 1)) < 0.5, rng.integers(0, 3, (2, n, 1, 1)), 1)
-    rows, columns = np.arange(8)[:, None] + moves[0], np.arange(8) + moves[1]
+    rows, columns = np.arange(side)[:, None] + moves[0], np.arange(side) + moves[1]
     return padded[np.arange(n)[:, None, None], rows, columns].reshape(images.shape)
 
 
 # %% [markdown]
-# Training takes a minute, so it shows how far it is, where there is a terminal.
+# Training takes a minute, so where there is a terminal it shows how far it is, how fast,
+# the loss, and the time that is left.
 
 # %%
-def progress(feed, steps):
-    """Pass on each batch, with a bar on a terminal."""
-    terminal = rich.console.Console(stderr=True)
-    return rich.progress.track(
-        feed, "training", steps, console=terminal, transient=True,
-        disable=not terminal.is_terminal)
+def progress(feed, steps, losses):
+    """Pass on each batch, with a bar on a terminal. losses has one for each step."""
+    terminal, done, start = rich.console.Console(stderr=True), len(losses), time.time()
+    columns = [*rich.progress.Progress.get_default_columns(), "{task.fields[pace]}"]
+    hidden = not terminal.is_terminal or jax.process_index() > 0
+    with rich.progress.Progress(
+            *columns, console=terminal, transient=True, disable=hidden) as bar:
+        task = bar.add_task("training", total=steps, completed=done, pace="")
+        for batch in feed:
+            yield batch
+            rate = (len(losses) - done) / (time.time() - start)
+            pace = f"{rate:.1f} steps/s, loss {losses[-1]:.3f}"
+            bar.update(task, completed=len(losses), pace=pace)
 
 
 # %% [markdown]
-# Around the step: a line now and then, and a stop if the loss is not a number.
+# What a training consists of, besides its data, are the model, the optimizer, and the
+# place in the data. They stand together in an object, so that one can look at it after
+# any step.
 
 # %%
-def train(model, data, validation, *, epochs=40, batch_size=32, seed=0, augment=None,
-          watch=None, **rates):
-    """Train a classifier on (inputs, labels); rates are those of make_optimizer.
+class TrainingRun:
+    """A training that can be looked at after each step. Arguments as `train`; with
+    whole=False the last batch may be smaller, else what fills no batch is left out."""
 
+    spread, ask = staticmethod(lambda *batch: batch), staticmethod(call)
+
+    def __init__(self, model, data, validation, *, epochs=40, batch_size=32, seed=0,
+                 augment=None, whole=True, **rates):
+        for name, n in dict(epochs=epochs, batch_size=batch_size).items():
+            require_count(name, n)
+        finite = np.isfinite(data[0]).all()
+        require(finite, "inputs hold NaN or infinity", "finite numbers")
+        rows = epochs * len(data[0])
+        self.steps = rows // batch_size if whole else -(-rows // batch_size)
+        enough = "10 or more: add epochs, or cut the batches"
+        require(self.steps >= 10, f"{self.steps} steps", enough)
+        self.model, self.validation, self.epochs = model, validation, epochs
+        self.optimizer = make_optimizer(model, self.steps, **rates)
+        self.rng, self.losses, self.history = np.random.default_rng(seed), [], []
+        shuffled = functools.partial(batches, data, epochs, batch_size, whole=whole)
+        self.feed = functools.partial(shuffled, seed=self.rng, augment=augment)
+
+
+# %% [markdown]
+# Around the step: a stop if the loss is not a number, and a row of the history when an
+# epoch ends. Two names are hooks for Appendix D. `spread` puts a batch where it will be
+# used and `ask` fetches the scores; here they change nothing.
+
+# %%
+def run_training(run, place=None):
+    """Take the steps that are left from a place. Yields True where an epoch ends.
+
+    Raises FloatingPointError for a loss that is not finite.
+    """
+    run.model.train()
+    update = nnx.cached_partial(train_step, run.model, run.optimizer)  # looked at once
+    steps, epochs, losses = run.steps, run.epochs, run.losses
+    for batch in progress(run.feed(place=place), steps, losses):
+        loss, step = float(update(*run.spread(*batch))), len(losses) + 1
+        if not math.isfinite(loss):
+            good = losses[-1] if losses else "none"
+            raise FloatingPointError(f"loss {loss} at step {step}; before {good}")
+        losses.append(loss)
+        ended = step * epochs // steps > len(run.history)
+        if ended:
+            recent = float(np.mean(losses[-steps // epochs :]))
+            result = evaluate(run.model, run.validation, run.ask)
+            run.history.append((step, recent, *result))
+        yield ended
+
+
+# %% [markdown]
+# The training itself goes through all steps, with a line now and then.
+
+# %%
+def train(model, data, validation, *, epochs=40, watch=None, **options):
+    """Train a classifier on (inputs, labels).
+
+    Options are batch_size=32, seed=0, augment=None, and the rates of make_optimizer.
     Returns a history with a row for each epoch: step, training loss, validation loss
     and accuracy. watch(history) is called after each row; what it raises ends it all.
     Raises ValueError for data that is not finite, FloatingPointError for such a loss.
     """
-    require(np.isfinite(data[0]).all(), "inputs hold NaN or infinity", "finite numbers")
-    for name, n in dict(epochs=epochs, batch_size=batch_size).items():
-        require_count(name, n)
-    steps = epochs * len(data[0]) // batch_size
-    require(steps >= 10, f"{steps} steps", "10 or more: add epochs, or cut the batches")
-    optimizer, history, losses = make_optimizer(model, steps, **rates), [], []
-    model.train()
-    update = nnx.cached_partial(train_step, model, optimizer)  # looked through once
-    feed = batches(data, epochs, batch_size, seed, augment)
-    for step, batch in enumerate(progress(feed, steps), 1):
-        losses.append(float(update(*batch)))
-        if not math.isfinite(losses[-1]):
-            good = losses[-2] if step > 1 else "none"
-            raise FloatingPointError(f"loss {losses[-1]} at step {step}; before {good}")
-        if step * epochs // steps > len(history):
-            recent = float(np.mean(losses[-steps // epochs :]))
-            history.append((step, recent, *evaluate(model, validation)))
-            if watch:
-                watch(history)
-            elif len(history) * 10 % epochs < 10:  # ten lines
-                line = "step {:5d}   loss {:.3f}   validation {:.3f}, {:.1%}"
-                print(line.format(*history[-1]))
-    return history
+    run = TrainingRun(model, data, validation, epochs=epochs, **options)
+    for ended in run_training(run):
+        if ended and watch:
+            watch(run.history)
+        elif ended and len(run.history) * 10 % epochs < 10:  # ten lines
+            line = "step {:5d}   loss {:.3f}   validation {:.3f}, {:.1%}"
+            print(line.format(*run.history[-1]))
+    return run.history
 
 
 # %% [markdown]
@@ -2872,10 +2953,11 @@ if RUN:
 # random generator of their own, a faster one.
 
 # %%
-def digit_model(seed=0, **options):
-    """Return the untrained classifier of this page, 64 pixels to ten classes."""
+def digit_model(seed=0, *sizes, dropout=0.1, **options):
+    """Return the untrained classifier of this page, pixels to ten classes."""
     rngs = nnx.Rngs(seed, dropout=jax.random.key(seed, impl="rbg"))
-    return S4DModel(1, 10, 64, 64, 3, dropout=0.1, rngs=rngs, **options)
+    sizes = sizes or (64, 64, 3)  # d_model, d_state, n_layers
+    return S4DModel(1, 10, *sizes, dropout=dropout, rngs=rngs, **options)
 
 
 def train_digits(seed=0, watch=None):
@@ -5362,3 +5444,581 @@ export default function explore({ parentElement, data, setStateValue }) {
   return () => el.observer.disconnect();
 }
 """
+
+# %% [markdown]
+# ## Appendix D: Training from the command line
+#
+# The training of Part 11 takes a minute. Larger ones take hours, on machines that are
+# switched off, lent to others or short of memory. They must survive that. And where a
+# machine has several devices, all of them should work.
+#
+# `python annotated_s4d.py train --help` lists what can be set. This appendix explains
+# what stands behind it, in the order in which a run meets it: data, devices,
+# checkpoints, command. The loop is that of Part 11.
+#
+# ### Larger digits
+#
+# Beside the digits of Part 11 the command knows MNIST: 70,000 digits of 28 by 28
+# pixels, so that a sequence has 784 samples. It comes as four files in a format named
+# IDX: a header with the number of axes and their lengths, then the bytes. Files break
+# on their way, so each is looked at as a whole before it is used.
+
+# %%
+def read_idx(folder, name, axes):
+    """Read a file of bytes in the format IDX, gzipped or plain, with so many axes.
+
+    Raises ValueError, which names the file, if it is missing or damaged.
+    """
+    places = [Path(folder) / f"{name}-ubyte{end}" for end in (".gz", "")]
+    path = next((place for place in places if place.exists()), None)
+    cure = "copy it there anew, or leave out --data-dir to have it fetched"
+    require(path, f"{places[0]} is missing", cure)
+    try:
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        shape = np.frombuffer(raw, ">u4", axes, 4)
+        array = np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(shape)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(f"{path} is cut off or damaged ({error}): {cure}") from None
+    require(raw[:4] == bytes([0, 0, 8, axes]), f"{path} is no IDX file", cure)
+    return array
+
+
+# %% [markdown]
+# A user may have the files. Else they are fetched once, into a folder for such things,
+# by [Pooch](https://www.fatiando.org/pooch), which compares each with its *checksum*, a
+# number computed from all its bytes.
+
+# %%
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+MNIST_SHA256 = """
+train-images-idx3 440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609
+train-labels-idx1 3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c
+t10k-images-idx3 8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6
+t10k-labels-idx1 f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6
+"""
+
+
+def fetch_mnist(url=MNIST_URL, cache=None):
+    """Fetch the files of MNIST that are not in the cache yet. Returns the folder."""
+    import pooch
+
+    sums = dict(line.split() for line in MNIST_SHA256.strip().splitlines())
+    sums = {f"{name}-ubyte.gz": value for name, value in sums.items()}
+    store = pooch.create(cache or pooch.os_cache("annotated_s4d"), url, registry=sums)
+    for name in sums:
+        try:
+            store.fetch(name, progressbar=True)
+        except (OSError, ValueError) as error:  # no network; another checksum
+            broken = isinstance(error, ValueError)
+            reason = "has a wrong checksum" if broken else "cannot be fetched"
+            cure = "try again later, or get MNIST's four files and give --data-dir"
+            raise OSError(f"{url}{name} {reason} ({error}): {cure}") from None
+    return store.path
+
+
+# %% [markdown]
+# As before, a part of the training images is set aside to make choices: the last tenth.
+
+# %%
+def load_mnist(folder=None):
+    """Return train, validation and test: pairs of images (n, L, 1) and labels (n,).
+
+    Raises ValueError for files that are damaged, OSError if they cannot be fetched.
+    """
+    folder, sets = Path(folder or fetch_mnist()), []
+    for name in ("train", "t10k"):
+        images = read_idx(folder, f"{name}-images-idx3", 3)
+        labels = read_idx(folder, f"{name}-labels-idx1", 1)
+        given = f"{folder}/{name}-*: images {images.shape}, labels {labels.shape}"
+        fits = len(images) == len(labels) > 9 and labels.max() < 10
+        fits = fits and images.shape[1] == images.shape[2] > 1
+        require(fits, given, "10 or more square images, each with a label from 0 to 9")
+        u = images.reshape(len(images), -1, 1) / np.float32(127.5) - 1
+        sets.append((u, labels.astype(np.int32)))
+    (u, labels), test = sets
+    require(u.shape[1] == test[0].shape[1], "test images of another size", "one size")
+    n = len(u) - len(u) // 10
+    return [(u[:n], labels[:n]), (u[n:], labels[n:]), test]
+
+
+# %% [markdown]
+# ### Several devices
+#
+# The gradient of a batch is the mean of the gradients of its rows. So the rows can be
+# divided: each device has a copy of the model, computes the gradient of its share, and
+# the devices add up what they have. Then all of them take the same step, and their
+# copies stay equal. This is *data parallel* training.
+#
+# In JAX one says where arrays lie, and the compiler makes of the same program,
+# `train_step`, one for all devices, with the sums between them. A *mesh* names the
+# devices. They may belong to several processes on several machines.
+
+# %%
+@functools.cache
+def mesh():
+    """All devices of all processes, along one axis named "batch"."""
+    return jax.sharding.Mesh(jax.devices(), "batch")
+
+
+def placed(array, *axes):
+    """Put an array on the devices: a share each, given the axis "batch"; else a copy."""
+    sharding = jax.sharding.NamedSharding(mesh(), jax.P(*axes))
+    return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
+
+
+def divided(array, rows=0):
+    """Divide rows among the devices. Zeros fill up to `rows`, and until it divides."""
+    rows = -(-max(rows, len(array)) // mesh().size) * mesh().size
+    ends = [(0, rows - len(array))] + [(0, 0)] * (array.ndim - 1)
+    return placed(np.pad(array, ends), "batch")
+
+
+# %% [markdown]
+# One operation the compiler does not divide: for a Fourier transform it would collect
+# all rows on every device. But rows are convolved one by one, so each device can do its
+# own, and `shard_map` says so.
+
+# %%
+def convolve_rows(u, K):
+    """`causal_conv` of u (batch, H, L) and K (H, L), on each device for its rows."""
+    own = jax.P("batch")
+    conv = jax.shard_map(causal_conv, mesh=mesh(), in_specs=(own, jax.P()), out_specs=own)
+    return conv(u, K)
+
+
+# %% [markdown]
+# A batch that does not divide is filled up with rows of zeros. They have weight 0 in
+# the loss, so they change nothing. The last batch of all, which may be smaller, is
+# treated in the same way, and so no image is left out.
+
+# %%
+class DeviceRun(TrainingRun):
+    """A training on all devices of all processes, of which no row is left out."""
+
+    def __init__(self, model, data, validation, batch_size, **options):
+        options |= dict(batch_size=batch_size, whole=False)
+        super().__init__(model, data, validation, **options)
+        self.batch_size, self.seconds = batch_size, []
+        for block in model.stack.blocks:
+            block.ssm.convolve = convolve_rows
+        put_arrays(self, state_arrays(self))  # a copy for each device
+
+    def spread(self, u, labels):
+        """A batch and its weights, divided among the devices."""
+        parts = u, labels, np.ones(len(u), u.dtype)
+        return [divided(part, self.batch_size) for part in parts]
+
+    @staticmethod
+    def ask(model, u):
+        """The scores of all rows, in every process."""
+        scores = call(model, divided(u))
+        return multihost_utils.process_allgather(scores, tiled=True)[: len(u)]
+
+
+# %% [markdown]
+# ### What a checkpoint holds
+#
+# A run that is broken off and resumed should end with the same parameters as one that
+# was left alone, to the last bit. Parameters alone do not suffice for that. Adam
+# remembers past gradients. The dropout masks come from a random stream that has moved
+# on. So does the stream that shuffles and nudges, and some images have been seen in
+# this epoch and others have not. A checkpoint holds all of it. The arrays of model and
+# optimizer, the random streams of dropout among them, are taken by name:
+
+# %%
+def key_form(array):
+    """The form of random keys, which are not numbers by themselves; None of numbers."""
+    keys = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    return jax.random.key_impl(array) if keys else None
+
+
+def state_arrays(run):
+    """All arrays of model and optimizer by name, in NumPy."""
+    state, named = nnx.state((run.model, run.optimizer)), {}
+    for path, array in jax.tree.leaves_with_path(state):
+        numbers = jax.random.key_data(array) if key_form(array) else array
+        named[jax.tree_util.keystr(path, simple=True, separator=".")] = numbers
+    return {name: np.asarray(numbers) for name, numbers in named.items()}
+
+
+def put_arrays(run, arrays):
+    """Put arrays by name into model and optimizer, a copy on each device."""
+
+    def put(path, array):
+        value = placed(arrays[jax.tree_util.keystr(path, simple=True, separator=".")])
+        form = key_form(array)
+        return jax.random.wrap_key_data(value, impl=form) if form else value
+
+    parts = run.model, run.optimizer
+    nnx.update(parts, jax.tree.map_with_path(put, nnx.state(parts)))
+
+
+# %% [markdown]
+# The rest is the *place*: the state of the generator, and what has been printed so far.
+# A checksum over everything will tell whether what is read is what was written.
+
+# %%
+def checksum(arrays, place=None):
+    """A SHA-256 sum of named arrays and of a place."""
+    total = hashlib.sha256(json.dumps(place, sort_keys=True).encode())
+    for name, array in sorted(arrays.items()):
+        total.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return total.hexdigest()
+
+
+def snapshot(run, config):
+    """What a checkpoint holds: arrays by name, and the place as plain values."""
+    arrays = state_arrays(run) | {"losses": np.array(run.losses)}
+    place = dict(config=config, rng=run.rng.bit_generator.state,
+                 history=run.history, seconds=run.seconds)
+    place = json.loads(json.dumps(place))
+    return arrays, place | {"checksum": checksum(arrays, place)}
+
+
+def go_on(run, arrays, place):
+    """Bring a run to where a snapshot was taken. Returns its place in the data."""
+    put_arrays(run, arrays)
+    run.losses[:], run.seconds[:] = arrays["losses"].tolist(), place["seconds"]
+    run.history[:] = map(tuple, place["history"])
+    return len(run.losses), place["rng"]
+
+
+# %% [markdown]
+# ### Writing and reading it
+#
+# The machine may stop while a checkpoint is being written.
+# [Orbax](https://orbax.readthedocs.io) therefore writes into a folder with another
+# name, and renames it when everything is in it. To rename is *atomic*: it has happened
+# or it has not, and nobody ever sees a half. The last three checkpoints are kept.
+
+# %%
+def checkpoints(folder):
+    """Open a folder of checkpoints, with Orbax."""
+    import orbax.checkpoint
+
+    logging.getLogger("absl").setLevel(logging.ERROR)  # what is wrong we say ourselves
+    options = orbax.checkpoint.CheckpointManagerOptions(
+        max_to_keep=3, enable_async_checkpointing=False)
+    return orbax.checkpoint.CheckpointManager(Path(folder).absolute(), options=options)
+
+
+def save(manager, run, config):
+    """Write a checkpoint, under the number of the step."""
+    from orbax.checkpoint import args
+
+    arrays, place = snapshot(run, config)
+    items = dict(arrays=args.StandardSave(arrays), place=args.JsonSave(place))
+    manager.save(len(run.losses), args=args.Composite(**items))
+
+
+def load(manager, step):
+    """Read a checkpoint: arrays by name, and the place."""
+    from orbax.checkpoint import args
+
+    items = dict(arrays=args.StandardRestore(), place=args.JsonRestore())
+    saved = manager.restore(step, args=args.Composite(**items))
+    return {k: np.asarray(v) for k, v in saved.arrays.items()}, saved.place
+
+
+# %% [markdown]
+# A disk can spoil what was written well, and a user can name the wrong folder. So a
+# checkpoint that is damaged, or that belongs to another run, is refused with the
+# reason, and the one before it is looked at.
+
+# %%
+def refusal(arrays, place, run, config):
+    """Say why a checkpoint cannot be used for a run; "" if it can."""
+    rest = {name: value for name, value in place.items() if name != "checksum"}
+    if checksum(arrays, rest) != place.get("checksum"):
+        return "its checksum is wrong"
+    theirs = place["config"]
+    odd = [f"{name} is {theirs.get(name)} there and {config.get(name)} here"
+           for name in sorted(theirs.keys() | config.keys())
+           if theirs.get(name) != config.get(name)]
+    if not odd and arrays.keys() - {"losses"} != state_arrays(run).keys():
+        odd = ["its arrays are those of another model"]
+    return "it is of another run: " + "; ".join(odd) if odd else ""
+
+
+def last_good(manager, run, config):
+    """Return the last checkpoint that can be used, or None; why not, for later ones."""
+    refused = {}
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # Orbax's own complaints
+                saved = load(manager, step)
+            reason = refusal(*saved, run, config)
+        except Exception as error:  # whatever a damaged file makes a reader say
+            reason = f"it is damaged ({type(error).__name__})"
+        if not reason:
+            return saved, refused
+        refused[step] = reason
+    return None, refused
+
+
+# %% [markdown]
+# What was refused is moved out of the way when a good one is found, and not deleted: it
+# may be somebody's. Of several processes the first does it, when all have read.
+
+# %%
+def resume(manager, run, config, say):
+    """Go on from the last good checkpoint. Returns the place in the data, or None."""
+    (saved, refused), folder = last_good(manager, run, config), manager.directory
+    for step, reason in refused.items():
+        say(f"checkpoint {folder}/{step} is refused: {reason}")
+    cure = "the folder and the settings of one run, or a new folder"
+    require(saved or not refused, f"no checkpoint in {folder} can be used", cure)
+    if not saved:
+        return say(f"no checkpoint in {folder} yet: starting at the beginning")
+    multihost_utils.sync_global_devices("all have read")
+    for step in refused if jax.process_index() == 0 else ():
+        (folder / str(step)).rename(folder / f"refused-{step}-{time.time_ns()}")
+    multihost_utils.sync_global_devices("all is moved")
+    manager.reload()
+    place = go_on(run, *saved)
+    say(f"going on after step {len(run.losses):,} of {run.steps:,}")
+    return place
+
+
+# %% [markdown]
+# ### Stopping
+#
+# Ctrl-C may come in the middle of a step, when half of the parameters are new. So the
+# signal is only noted, and the loop looks at the note after each step. A second one
+# breaks off at once. Several processes must stop after the same step, else the others
+# would wait for the one that has left. They ask each other when an epoch ends.
+
+# %%
+@contextlib.contextmanager
+def stop_noted():
+    """Collect signals to stop in a list, the first of each; the next one acts."""
+    notes, numbers = [], (signal.SIGINT, signal.SIGTERM)
+
+    def note(number, _):
+        notes.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield notes
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])
+
+
+def stop_agreed(notes, ended):
+    """Whether to stop after this step. Every process gives the same answer."""
+    if jax.process_count() == 1:
+        return bool(notes)
+    asked = np.array(bool(notes))
+    return ended and bool(multihost_utils.process_allgather(asked).any())
+
+
+# %% [markdown]
+# ### The command
+#
+# Whoever mistypes a number should hear of it before any data is read. So each setting
+# has a range.
+
+# %%
+SETTINGS = {  # flag: type, default, least, most, what it is
+    "d-model": (int, 64, 1, 4096, "channels of the model"),
+    "d-state": (int, 64, 2, 4096, "size of each channel's state, even"),
+    "n-layers": (int, 3, 1, 100, "blocks"),
+    "epochs": (int, None, 1, 10**5, "passes through the images; 40, or 10 for mnist"),
+    "batch-size": (int, 32, 1, 10**5, "images in a batch"),
+    "lr": (float, 4e-3, 0, 1, "learning rate"),
+    "ssm-lr": (float, 1e-3, 0, 1, "learning rate of A, B and dt"),
+    "weight-decay": (float, 0.05, 0, 1, "weight decay, not of A, B and dt"),
+    "dropout": (float, 0.1, 0, 0.99, "share of the numbers set to zero"),
+    "seed": (int, 0, 0, 2**32 - 1, "of parameters, order, nudges and dropout"),
+}
+
+
+def within(kind, low, high, step=1):
+    """Return a reader for argparse of the numbers in a range."""
+    what = {int: "whole numbers", float: "numbers"}[kind] + ", even" * (step == 2)
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or (kind is int and value % step):
+            allowed = f"{what}, from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r}; allowed: {allowed}")
+        return value
+
+    return read
+
+
+# %% [markdown]
+# The flags. Where the processes meet may also stand in the environment, which is handy
+# for starting many at once.
+
+# %%
+def make_parser():
+    """Return the parser of the command line, and that of the command `train`."""
+    parser = argparse.ArgumentParser("annotated_s4d.py", description=(
+        "Without arguments, run the article. With train, train a classifier of "
+        "handwritten digits that reads them pixel by pixel."))
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train")
+    train = commands.add_parser("train", usage="%(prog)s [--help] [settings]")
+    add, env = train.add_argument, os.environ.get
+    add("--dataset", choices=("digits", "mnist"), default="digits", help="(digits)")
+    add("--data-dir", metavar="FOLDER", help="folder with the four files of MNIST; else they are fetched")
+    for flag, (kind, default, *ends, what) in SETTINGS.items():
+        read = within(kind, *ends, step=2 if flag == "d-state" else 1)
+        value = "" if default is None else f" ({default})"
+        add(f"--{flag}", type=read, default=default, metavar="N", help=what + value)
+    add("--init", choices=INITS, default="legs", help="start of A, see Part 7 (legs)")
+    add("--checkpoint-dir", metavar="FOLDER", help="for checkpoints, one each epoch")
+    add("--resume", action="store_true", help="go on from the last good checkpoint")
+    add("--metrics", metavar="FILE", help="file for a line of JSON for each epoch")
+    add("--coordinator", metavar="HOST:PORT", default=env("JAX_COORDINATOR_ADDRESS"),
+        help="where several processes meet (JAX_COORDINATOR_ADDRESS)")
+    add("--num-processes", type=within(int, 1, 10**5), metavar="N",
+        default=env("JAX_NUM_PROCESSES"), help="how many they are (JAX_NUM_PROCESSES)")
+    add("--process-id", type=within(int, 0, 10**5), metavar="N",
+        default=env("JAX_PROCESS_ID"), help="which one this is (JAX_PROCESS_ID)")
+    return parser, train
+
+
+# %% [markdown]
+# Some flags depend on each other or on what is on the disk. Nothing is ever written over
+# the results of another run.
+
+# %%
+def read_options(arguments):
+    """Read a command line, or leave with a sentence about what is wrong with it."""
+    parser, train = make_parser()
+    o = parser.parse_args(arguments)
+    data, saved, metrics = (
+        Path(name or "") for name in (o.data_dir, o.checkpoint_dir, o.metrics))
+    full = o.checkpoint_dir and saved.is_dir() and any(saved.iterdir())
+    meeting = [o.coordinator, o.num_processes, o.process_id]
+    for sentence, wrong in {
+        "--data-dir is for --dataset mnist": o.data_dir and o.dataset != "mnist",
+        f"--data-dir {data} is no folder": not data.is_dir(),
+        "--resume needs --checkpoint-dir": o.resume and not o.checkpoint_dir,
+        f"--checkpoint-dir {saved} is a file": saved.is_file(),
+        f"--checkpoint-dir {saved} is not empty; allowed: a new folder, or --resume to "
+        "go on with the run in this one": full and not o.resume,
+        f"--metrics {metrics}: there is no such folder": not metrics.parent.is_dir(),
+        f"--metrics {metrics} exists; allowed: a new file, or --resume":
+            o.metrics and metrics.exists() and not (o.resume and metrics.is_file()),
+        "--coordinator, --num-processes and --process-id belong together":
+            0 < meeting.count(None) < 3,
+        f"--process-id is {o.process_id}; allowed: 0 to {(o.num_processes or 1) - 1}":
+            (o.process_id or 0) >= (o.num_processes or 1),
+    }.items():
+        if wrong:
+            train.error(sentence)
+    o.epochs = o.epochs or {"digits": 40, "mnist": 10}[o.dataset]
+    o.again = shlex.join(arguments + ["--resume"] * (not o.resume))
+    return o
+
+
+# %% [markdown]
+# A command line becomes a run. All settings that have a say in the result, and a
+# checksum of the images, stand in `config`, by which a checkpoint is recognized.
+
+# %%
+def make_run(o):
+    """Return the run of these options, its config and the test data."""
+    sets = load_digits() if o.dataset == "digits" else load_mnist(o.data_dir)
+    n = len(sets[0][0])
+    require(o.batch_size <= n, f"--batch-size is {o.batch_size}", f"1 to {n} images")
+    names = ["dataset", "init", *(flag.replace("-", "_") for flag in SETTINGS)]
+    config = {name: getattr(o, name) for name in names}
+    config["images"] = checksum({f"{i}": part for i, part in enumerate(sum(sets, ()))})
+    sizes = o.d_model, o.d_state, o.n_layers
+    model = digit_model(o.seed, *sizes, dropout=o.dropout, init=o.init)
+    rates = dict(lr=o.lr, ssm_lr=o.ssm_lr, weight_decay=o.weight_decay)
+    settings = dict(epochs=o.epochs, seed=o.seed, augment=nudged, **rates)
+    return DeviceRun(model, *sets[:2], o.batch_size, **settings), config, sets[2]
+
+
+# %% [markdown]
+# After each epoch a line is printed, and the metrics are written: all epochs anew, into
+# a second file that then takes the place of the first. So they are complete and without
+# repetition after any break.
+
+# %%
+METRICS = "step", "loss", "validation_loss", "validation_accuracy", "seconds"
+
+
+def report(run, file, say):
+    """Say how the last epoch went; write a line of JSON for each epoch to a file."""
+    rows = [(*row, seconds) for row, seconds in zip(run.history, run.seconds)]
+    step, loss, validation, accuracy, seconds = rows[-1]
+    before, *_, then = rows[-2] if len(rows) > 1 else (0, 0)
+    rate = (step - before) / (seconds - then)
+    say(f"epoch {len(rows)} of {run.epochs}   step {step:,}   loss {loss:.3f}   "
+        f"validation {validation:.3f}, {accuracy:.2%}   {rate:.1f} steps/s   "
+        f"{(run.steps - step) / rate:,.0f} s left")
+    if file and jax.process_index() == 0:
+        lines = [{"epoch": i} | dict(zip(METRICS, row)) for i, row in enumerate(rows, 1)]
+        part = Path(f"{file}.part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        part.replace(file)
+
+
+# %% [markdown]
+# And the command itself: meet the other processes, prepare, go on if there is something
+# to go on with, take the steps, test.
+
+# %%
+def train_command(o):
+    """Train as the options say. Returns an exit status."""
+    if o.coordinator:
+        jax.distributed.initialize(o.coordinator, o.num_processes, o.process_id)
+    first = jax.process_index() == 0
+    say = functools.partial(print, flush=True) if first else lambda *_: None
+    run, config, test = make_run(o)
+    say(f"{run.steps:,} steps on {mesh().size} devices in {jax.process_count()} processes")
+    folder = o.checkpoint_dir
+    manager = checkpoints(folder) if folder else None
+    place = resume(manager, run, config, say) if o.resume else None
+    start = time.time() - (run.seconds[-1] if run.seconds else 0)
+    with stop_noted() as notes:
+        for ended in run_training(run, place):
+            stop = stop_agreed(notes, ended)
+            if ended:
+                run.seconds.append(time.time() - start)
+            if manager and (ended or stop):
+                save(manager, run, config)
+            if ended:
+                report(run, o.metrics, say)
+            if stop:
+                saved = f"go on with: {o.again}" if manager else "nothing is saved"
+                say(f"stopped after step {len(run.losses):,}; {saved}")
+                return 130
+    say("test: loss {:.3f}, accuracy {:.2%}".format(*evaluate(run.model, test, run.ask)))
+    if manager and first:
+        save_parameters(Path(folder) / "model.npz", run.model, run.history)
+    return 0
+
+
+# %% [markdown]
+# What goes wrong on the way, a missing file, a full disk, a rate so large that the loss
+# is lost, ends the command with one sentence. The last cell of this file calls it.
+
+# %%
+def command(arguments):
+    """Run a command line. Returns an exit status, or a sentence that says what is wrong."""
+    options = read_options(arguments)
+    keep_memory()
+    try:
+        return train_command(options)
+    except FloatingPointError as error:
+        return f"{error}: try a smaller --lr"
+    except (OSError, ValueError) as error:
+        return str(error)
+    except KeyboardInterrupt:
+        return "broken off; what was saved stays"
+
+
+if COMMAND:
+    sys.exit(command(COMMAND))
