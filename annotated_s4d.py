@@ -5916,7 +5916,8 @@ def read_options(arguments):
         if wrong:
             train.error(sentence)
     o.epochs = o.epochs or {"digits": 40, "mnist": 10}[o.dataset]
-    o.again = shlex.join(arguments + ["--resume"] * (not o.resume))
+    words = ["python", "annotated_s4d.py", *arguments, *["--resume"] * (not o.resume)]
+    o.again = shlex.join(words)
     return o
 
 

@@ -1,0 +1,706 @@
+"""Appendix D: the command line, its data, its checkpoints, several devices."""
+
+import functools
+import gzip
+import http.server
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import annotated_s4d as s4d
+
+# 198 images to train, in batches of 12: an epoch is no whole number of batches, the
+# last batch of all is half empty, eight devices divide neither. There is dropout.
+SIZES = {"d-model": 4, "d-state": 4, "n-layers": 1, "epochs": 3, "batch-size": 12}
+FIRST, SECOND, STEPS = 17, 34, 50  # the steps at which epochs end
+
+
+def write_idx(path, array):
+    """Write an IDX file as the format says, gzipped if its name says so."""
+    shape = b"".join(n.to_bytes(4, "big") for n in array.shape)
+    raw = bytes([0, 0, 8, array.ndim]) + shape + array.tobytes()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+
+
+def write_mnist(folder, train=220, test=22, side=6, end=".gz"):
+    """Write four small files in the names and the format of MNIST."""
+    folder.mkdir(exist_ok=True)
+    rng, written = np.random.default_rng(0), []
+    for name, n in (("train", train), ("t10k", test)):
+        images = rng.integers(0, 256, (n, side, side)).astype(np.uint8)
+        labels = rng.integers(0, 10, n).astype(np.uint8)
+        write_idx(folder / f"{name}-images-idx3-ubyte{end}", images)
+        write_idx(folder / f"{name}-labels-idx1-ubyte{end}", labels)
+        written += [images, labels]
+    return written
+
+
+# -- options --------------------------------------------------------------------------
+
+
+def refused(capsys, *arguments):
+    """What the command says of arguments that it refuses, before it reads any data."""
+    with pytest.raises(SystemExit) as left:
+        s4d.command([str(argument) for argument in arguments])
+    assert left.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+    def touched(*_):
+        raise AssertionError("data is touched")
+
+    for name in ("load_digits", "load_mnist", "make_run"):
+        monkeypatch.setattr(s4d, name, touched)
+
+
+@pytest.mark.parametrize("flag", s4d.SETTINGS)
+def test_numbers_out_of_range_are_refused_with_the_range(flag, capsys, no_data):
+    kind, _, low, high, _ = s4d.SETTINGS[flag]
+    for text in (low - 1, high + 1, "nan", "many", "inf"):
+        said = refused(capsys, "train", f"--{flag}={text}")
+        assert f"--{flag}: '{text}'; allowed: " in said
+        assert f"from {low} to {high}" in said
+    if kind is int:
+        assert "whole numbers" in refused(capsys, "train", f"--{flag}=2.5")
+    for text in (low, high):
+        with pytest.raises(AssertionError, match="data is touched"):
+            s4d.command(["train", f"--{flag}={text}"])
+
+
+def test_an_odd_state_is_refused(capsys, no_data):
+    assert "even, from 2 to 4096" in refused(capsys, "train", "--d-state=7")
+
+
+def test_other_arguments_are_refused(capsys, no_data, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "16").mkdir()
+    for arguments, sentence in {
+        ("fly",): "invalid choice: 'fly'",
+        ("train", "--fly"): "unrecognized arguments: --fly",
+        ("train", "--dataset", "cats"): "invalid choice: 'cats'",
+        ("train", "--init", "hippo"): "invalid choice: 'hippo'",
+        ("train", "--data-dir", tmp_path): "--data-dir is for --dataset mnist",
+        ("train", "--dataset=mnist", "--data-dir", tmp_path / "no"): "no is no folder",
+        ("train", "--resume"): "--resume needs --checkpoint-dir",
+        ("train", "--checkpoint-dir", tmp_path / "file"): "file is a file",
+        (
+            "train",
+            "--checkpoint-dir",
+            tmp_path / "full",
+        ): "is not empty; allowed: a new",
+        ("train", "--metrics", tmp_path / "no" / "m"): "there is no such folder",
+        ("train", "--metrics", tmp_path / "file"): "exists; allowed: a new file",
+        ("train", "--coordinator", "localhost:1"): "belong together",
+        ("train", "--coordinator=localhost:1", "--num-processes=2", "--process-id=2"): (
+            "--process-id is 2; allowed: 0 to 1"
+        ),
+        ("train", "--num-processes=0"): "allowed: whole numbers, from 1",
+    }.items():
+        assert sentence in refused(capsys, *arguments)
+
+
+def test_processes_from_the_environment(capsys, no_data, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    assert "belong together" in refused(capsys, "train")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "two")
+    assert "--process-id: 'two'; allowed" in refused(capsys, "train")
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    met = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *where: met.append(where))
+    with pytest.raises(AssertionError, match="data is touched"):
+        s4d.command(["train"])
+    assert met == [("localhost:1", 2, 1)]
+
+
+def test_what_goes_wrong_on_the_way_is_one_sentence(monkeypatch, capsys):
+    for error, said in {
+        FloatingPointError("loss nan at step 3; before 2.3"): "at step 3.*smaller --lr",
+        OSError("no space left"): "no space left",
+        KeyboardInterrupt(): "broken off",
+    }.items():
+
+        def fail(_, error=error):
+            raise error
+
+        monkeypatch.setattr(s4d, "make_run", fail)
+        assert re.search(said, s4d.command(["train"]))
+
+
+def test_more_than_the_images_in_a_batch_is_refused(tmp_path):
+    write_mnist(tmp_path)
+    arguments = ["--dataset=mnist", f"--data-dir={tmp_path}", "--batch-size=199"]
+    said = s4d.command(["train", *arguments])
+    assert said == "--batch-size is 199; allowed: 1 to 198 images"
+
+
+# -- data -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+def test_mnist_is_read_in_order(tmp_path, end):
+    images, labels, test_images, test_labels = write_mnist(tmp_path, end=end)
+    train, validation, test = s4d.load_mnist(tmp_path)
+    assert [len(part[1]) for part in (train, validation, test)] == [198, 22, 22]
+    ours = np.concatenate([train[0], validation[0]])
+    assert ours.dtype == np.float32 and ours.shape == (220, 36, 1)
+    assert (np.round(ours * 127.5 + 127.5) == images.reshape(220, 36, 1)).all()
+    assert (np.concatenate([train[1], validation[1]]) == labels).all()
+    assert ours.min() == -1 and ours.max() == 1
+    assert (np.round(test[0] * 127.5 + 127.5) == test_images.reshape(22, 36, 1)).all()
+    assert (test[1] == test_labels).all()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    "end, spoil, said",
+    [
+        ("", Path.unlink, "train-images-idx3-ubyte.gz is missing"),
+        ("", cut, "train-images-idx3-ubyte is cut off or damaged"),
+        (".gz", cut, "train-images-idx3-ubyte.gz is cut off or damaged"),
+        (".gz", flip, "train-images-idx3-ubyte.gz is cut off or damaged"),
+        ("", lambda path: path.write_bytes(b""), "idx3-ubyte is cut off or damaged"),
+        ("", lambda path: write_idx(path, np.zeros((9, 4), "u1")), "idx3-ubyte is "),
+    ],
+)
+def test_damaged_files_are_refused_by_name(tmp_path, end, spoil, said):
+    write_mnist(tmp_path, end=end)
+    spoil(tmp_path / f"train-images-idx3-ubyte{end}")
+    arguments = ["train", "--dataset", "mnist", "--data-dir", str(tmp_path)]
+    sentence = s4d.command(arguments)
+    assert said in sentence and "\n" not in sentence
+    assert str(tmp_path) in sentence and "leave out --data-dir" in sentence
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path):
+    _, labels, *_ = write_mnist(tmp_path)
+    path = tmp_path / "train-labels-idx1-ubyte.gz"
+    for wrong in (labels[1:], labels + np.uint8(1)):
+        write_idx(path, wrong)
+        with pytest.raises(ValueError, match="each with a label from 0 to 9"):
+            s4d.load_mnist(tmp_path)
+    write_idx(path, labels)
+    write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", np.zeros((22, 5, 5), np.uint8))
+    with pytest.raises(ValueError, match="test images of another size"):
+        s4d.load_mnist(tmp_path)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """The address of a server of the files in a folder, and that folder."""
+    files = tmp_path / "served"
+    write_mnist(files)
+    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {})
+    quiet.log_message = lambda *_: None
+    handler = functools.partial(quiet, directory=files)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{served.server_port}/", files, served
+        served.shutdown()
+
+
+def test_mnist_is_fetched_once(server, tmp_path, monkeypatch):
+    import hashlib
+
+    url, files, served = server
+    sums = [
+        f"{path.name.removesuffix('-ubyte.gz')} "
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}"
+        for path in files.iterdir()
+    ]
+    monkeypatch.setattr(s4d, "MNIST_SHA256", "\n".join(sums))
+    folder = Path(s4d.fetch_mnist(url, tmp_path / "cache"))
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+        p.name: p.read_bytes() for p in files.iterdir()
+    }
+    served.shutdown()
+    shutil.rmtree(files)
+    assert Path(s4d.fetch_mnist(url, tmp_path / "cache")) == folder  # no second time
+
+
+def test_a_wrong_checksum_is_refused(server, tmp_path):
+    url, *_ = server
+    with pytest.raises(OSError, match="idx3-ubyte.gz has a wrong checksum.*--data-dir"):
+        s4d.fetch_mnist(url, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.gz"))
+
+
+def test_no_network_is_one_sentence(tmp_path):
+    with socket.socket() as closed:  # bound, but nobody listens
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/"
+        with pytest.raises(OSError, match="cannot be fetched.*--data-dir") as error:
+            s4d.fetch_mnist(url, tmp_path)
+    assert "train-images-idx3-ubyte.gz" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_checksums_are_of_the_four_files():
+    names, sums = zip(*map(str.split, s4d.MNIST_SHA256.strip().splitlines()))
+    kinds = ("images-idx3", "labels-idx1")
+    assert names == tuple(f"{a}-{b}" for a in ("train", "t10k") for b in kinds)
+    assert all(re.fullmatch("[0-9a-f]{64}", value) for value in sums)
+
+
+# -- the hook at the top of the file --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, file, argv, run, command",
+    [
+        ("__main__", "here", ["here"], True, False),
+        ("__main__", "here", ["here", "train"], False, ["train"]),
+        ("__main__", "here", ["pytest", "tests"], True, False),
+        ("__main__", None, ["ipykernel_launcher.py", "-f", "x.json"], True, False),
+        ("__main__", None, [""], True, False),
+        ("annotated_s4d", "here", ["here", "train"], False, False),
+    ],
+)
+def test_who_runs_what(name, file, argv, run, command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.delitem(sys.modules, "streamlit", raising=False)
+    text = Path(s4d.__file__).read_text(encoding="utf-8")
+    hook = re.search(r"^import re$.*?^(?=if )", text, re.M | re.S)[0]
+    names = {"__name__": name} | ({"__file__": file} if file else {})
+    exec(hook, names)
+    assert (names["RUN"], names["COMMAND"] or False) == (run, command)
+
+
+def test_under_streamlit_arguments_are_not_a_command(monkeypatch):
+    class Served:
+        class runtime:  # noqa: N801
+            exists = staticmethod(lambda: True)
+
+    monkeypatch.setitem(sys.modules, "streamlit", Served)
+    monkeypatch.setattr(sys, "argv", ["here", "train"])
+    text = Path(s4d.__file__).read_text(encoding="utf-8")
+    hook = re.search(r"^import re$.*?^(?=if )", text, re.M | re.S)[0]
+    names = {"__name__": "__main__", "__file__": "here"}
+    exec(hook, names)
+    assert names["SERVED"] and names["RUN"] and not names["COMMAND"]
+
+
+# -- runs -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with images, for all runs of this file."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_mnist(folder / "images")
+    return folder
+
+
+def arguments(place, name, **changed):
+    """A command line with small sizes, whose checkpoints and metrics bear a name."""
+    sizes = [f"--{flag}={value}" for flag, value in (SIZES | changed).items()]
+    data = ["--dataset=mnist", "--data-dir", str(place / "images")]
+    saved = ["--checkpoint-dir", str(place / name)]
+    return [*data, *sizes, *saved, "--metrics", str(place / f"{name}.jsonl")]
+
+
+def start(place, words, devices=1):
+    """Start the command. Compiled programs are kept for the next one."""
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    return subprocess.Popen(
+        [sys.executable, s4d.__file__, *words],
+        cwd=place,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(process, status=0):
+    """Wait for a process; return what it said."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, err
+    return out + err
+
+
+@pytest.fixture(scope="module")
+def runs(place):
+    """One run left alone, one on eight devices, two processes, all at the same time."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    two = ["train", *arguments(place, "two"), f"--coordinator=127.0.0.1:{port}"]
+    two = [*two, "--num-processes=2", "--process-id"]
+    alone = start(place, ["train", *arguments(place, "alone")])
+    eight = start(place, ["train", *arguments(place, "eight")], devices=8)
+    pair = [start(place, [*two, str(i)]) for i in (0, 1)]
+    started = {"alone": alone, "eight": eight, "first": pair[0], "second": pair[1]}
+    yield {name: finish(process) for name, process in started.items()}
+
+
+def saved(folder):
+    """The last checkpoint of a run: all arrays, the place in the data."""
+    with s4d.checkpoints(folder) as manager:
+        assert manager.latest_step() == STEPS
+        arrays, place = s4d.load(manager, STEPS)
+    return arrays, {k: v for k, v in place.items() if k not in ("seconds", "checksum")}
+
+
+def same(folder, other):
+    """Whether two runs ended with the same bits: everything but the clock."""
+    (ours, our_place), (theirs, their_place) = saved(folder), saved(other)
+    assert ours.keys() == theirs.keys() and our_place == their_place
+    for name, array in ours.items():
+        assert array.dtype == theirs[name].dtype
+        assert array.tobytes() == theirs[name].tobytes(), name
+
+
+def rows(place, name):
+    return [json.loads(x) for x in (place / f"{name}.jsonl").read_text().splitlines()]
+
+
+def curve(place, name):
+    keys = "loss", "validation_loss", "validation_accuracy"
+    return np.array([[row[key] for key in keys] for row in rows(place, name)])
+
+
+def test_the_command_trains_and_does_nothing_else(runs, place):
+    said = runs["alone"].splitlines()
+    assert said[0] == f"{STEPS} steps on 1 devices in 1 processes"
+    assert re.match(
+        rf"epoch 1 of 3   step {FIRST}   loss 2\.\d+   validation ", said[1]
+    )
+    assert re.search(r"\d steps/s   [\d,]+ s left$", said[1])
+    assert said[4].startswith("test: loss ") and len(said) == 5
+    assert sorted(p.name for p in (place / "alone").iterdir()) == [
+        f"{FIRST}",
+        f"{SECOND}",
+        f"{STEPS}",
+        "model.npz",
+    ]
+    assert not (place / "assets").exists()
+
+
+def test_metrics_are_a_line_of_json_for_each_epoch(runs, place):
+    got = rows(place, "alone")
+    assert [row["epoch"] for row in got] == [1, 2, 3]
+    assert [row["step"] for row in got] == [FIRST, SECOND, STEPS]
+    assert 0 < got[0]["seconds"] < got[1]["seconds"] < got[2]["seconds"]
+    arrays, where = saved(place / "alone")
+    history = [tuple(row[key] for key in s4d.METRICS[:-1]) for row in got]
+    assert history == [tuple(row) for row in where["history"]]
+    assert len(arrays["losses"]) == STEPS
+    assert got[2]["loss"] == pytest.approx(arrays["losses"][-17:].mean(), rel=1e-12)
+
+
+def test_the_trained_model_can_be_used(runs, place):
+    model = s4d.digit_model(5, 4, 4, 1)
+    history = s4d.load_parameters(place / "alone" / "model.npz", model)
+    assert history.tolist() == [list(row.values())[1:5] for row in rows(place, "alone")]
+    loss, accuracy = s4d.evaluate(model, s4d.load_mnist(place / "images")[2])
+    said = re.search(r"test: loss ([\d.]+), accuracy ([\d.]+)%", runs["alone"])
+    assert (loss, 100 * accuracy) == pytest.approx(
+        (float(said[1]), float(said[2])), abs=0.006
+    )
+
+
+def test_eight_devices_give_the_curve_of_one(runs, place):
+    assert "on 8 devices in 1 processes" in runs["eight"]
+    assert np.abs(curve(place, "eight") - curve(place, "alone")).max() < 1e-5
+    ours, theirs = (saved(place / name)[0]["losses"] for name in ("eight", "alone"))
+    assert len(ours) == STEPS and np.abs(ours - theirs).max() < 1e-5
+
+
+def test_two_processes_train_together(runs, place):
+    assert "on 2 devices in 2 processes" in runs["first"]
+    assert "epoch" not in runs["second"]  # one of them speaks
+    ours, theirs = (saved(place / name)[0] for name in ("two", "alone"))
+    assert np.abs(ours["losses"] - theirs["losses"]).max() < 1e-5
+    for name in theirs:
+        gap = np.abs(ours[name].astype(float) - theirs[name].astype(float)).max()
+        assert gap < 1e-5 * max(1, np.abs(theirs[name].astype(float)).max()), name
+
+
+def test_rows_without_weight_change_nothing():
+    """A step on 5 rows, and on the same with 3 rows of weight 0: equal parameters."""
+    u = np.random.default_rng(0).standard_normal((8, 9)).astype(np.float32)
+    labels, weights = np.arange(8), np.float32([1] * 5 + [0] * 3)
+    results = []
+    for batch in ((u[:5], labels[:5]), (u, labels, weights), (u, labels)):
+        model = nnx.Linear(9, 10, rngs=nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+        loss = s4d.train_step(model, optimizer, *batch)
+        results.append(np.append(model.kernel[...], loss))
+    assert np.abs(results[0] - results[1]).max() < 1e-6
+    assert np.abs(results[0] - results[2]).max() > 1e-3  # the check can fail
+
+
+def test_killed_and_resumed_it_ends_with_the_same_bits(runs, place):
+    """SIGKILL while a checkpoint is being written, after one has been."""
+    words = ["train", *arguments(place, "killed")]
+    run, folder = start(place, words), place / "killed"
+    deadline = time.monotonic() + 200
+    while not ((folder / f"{FIRST}").exists() and any(folder.glob(f"{SECOND}*"))):
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.0005)
+    run.kill()
+    assert run.wait() == -signal.SIGKILL
+    run.communicate()
+    assert not (folder / f"{STEPS}").exists()
+    said = finish(start(place, [*words, "--resume"]))
+    assert re.search(f"going on after step ({FIRST}|{SECOND}) of {STEPS}", said)
+    same(folder, place / "alone")
+    assert (curve(place, "killed") == curve(place, "alone")).all()
+
+
+def test_interrupted_and_spoilt_it_ends_with_the_same_bits(runs, place):
+    """Ctrl-C in an epoch; the checkpoint that this made is then damaged."""
+    run, folder = (
+        start(place, ["train", *arguments(place, "stopped")]),
+        place / "stopped",
+    )
+    for line in run.stdout:
+        if line.startswith("epoch 1"):
+            run.send_signal(signal.SIGINT)
+            break
+    said = finish(run, status=130)
+    step, again = re.search(
+        r"stopped after step (\d+); go on with: (.*)", said
+    ).groups()
+    assert FIRST <= int(step) < STEPS and (folder / step).is_dir()
+    spoil = folder / step
+    if int(step) == FIRST:  # Ctrl-C was quick
+        shutil.copytree(spoil, spoil := folder / f"{SECOND}")
+    for path in (spoil / "arrays").rglob("d/*"):
+        flip(path)
+    good = max(int(p.name) for p in folder.glob("[0-9]*") if p != spoil)
+    words = shlex.split(again)
+    assert words[:3] == ["python", "annotated_s4d.py", "train"]
+    assert words[-1] == "--resume"
+    said = finish(start(place, words[2:]))
+    assert f"{spoil} is refused: it is damaged" in said
+    assert f"going on after step {good} of {STEPS}" in said
+    assert "Traceback" not in said
+    assert [p.name.split("-")[1] for p in folder.glob("refused-*")] == [spoil.name]
+    same(folder, place / "alone")
+
+
+def test_resuming_what_is_finished_only_tests(runs, place, capsys):
+    folder = place / "finished"
+    shutil.copytree(place / "alone", folder)
+    shutil.copy(place / "alone.jsonl", place / "finished.jsonl")
+    assert s4d.command(["train", *arguments(place, "finished"), "--resume"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1] == f"going on after step {STEPS} of {STEPS}"
+    assert said[2] == runs["alone"].splitlines()[4] and len(said) == 3
+    same(folder, place / "alone")
+
+
+# -- checkpoints that cannot be used --------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(runs, place):
+    """A run and its config, as the command makes them."""
+    words = ["train", *arguments(place, "made")]
+    return s4d.make_run(s4d.read_options(words))[:2]
+
+
+def edit_place(folder, change):
+    """Change the place of a checkpoint, as valid JSON."""
+    path = folder / "place" / "metadata"
+    where = json.loads(path.read_text())
+    change(where)
+    path.write_text(json.dumps(where))
+
+
+def all_data(spoil):
+    return lambda f: [spoil(path) for path in (f / "arrays").rglob("d/*")]
+
+
+def add_one(where):
+    where["rng"]["state"]["state"] += 1
+
+
+SPOIL = {
+    "flipped": all_data(flip),
+    "cut": all_data(lambda path: path.write_bytes(path.read_bytes()[:9])),
+    "no arrays": lambda f: shutil.rmtree(f / "arrays"),
+    "no place": lambda f: shutil.rmtree(f / "place"),
+    "empty": lambda f: [shutil.rmtree(f), f.mkdir()],
+    "no json": lambda f: (f / "place" / "metadata").write_text("{"),
+    "another place": lambda f: edit_place(f, add_one),
+    "no checksum": lambda f: edit_place(f, lambda where: where.pop("checksum")),
+}
+
+
+@pytest.mark.parametrize("how", SPOIL)
+def test_the_last_good_checkpoint_is_used(how, made, place, tmp_path):
+    shutil.copytree(place / "alone", tmp_path / "run")
+    SPOIL[how](tmp_path / "run" / str(STEPS))
+    (tmp_path / "run" / "50.orbax-checkpoint-tmp-1").mkdir()  # a write cut short
+    said, (run, config) = [], made
+    with s4d.checkpoints(tmp_path / "run") as manager:
+        where = s4d.resume(manager, run, config, said.append)
+        assert where[0] == SECOND == len(run.losses) and len(run.history) == 2
+        assert sorted(manager.all_steps()) == [FIRST, SECOND]
+        expected, _ = s4d.load(manager, SECOND)
+    assert re.search(rf"/{STEPS} is refused: (it is damaged|its checksum)", said[0])
+    arrays = s4d.state_arrays(run)
+    assert all((arrays[k] == expected[k]).all() for k in expected if k != "losses")
+    assert len(list((tmp_path / "run").glob(f"refused-{STEPS}-*"))) == 1
+
+
+def test_a_checkpoint_of_another_run_is_refused(made, place, tmp_path):
+    shutil.copytree(place / "alone", tmp_path / "run")
+    said, (run, config) = [], made
+    for name, value in dict(lr=0.5, images="others", d_model=8).items():
+        with s4d.checkpoints(tmp_path / "run") as manager:
+            with pytest.raises(
+                ValueError, match="can be used; allowed: the folder and"
+            ):
+                s4d.resume(manager, run, config | {name: value}, said.append)
+        theirs = config[name]
+        assert f"of another run: {name} is {theirs} there and {value} here" in said[-1]
+    steps = {f"{FIRST}", f"{SECOND}", f"{STEPS}", "model.npz"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == steps  # nothing is moved
+
+
+def test_config_holds_every_setting_that_has_a_say(made, place):
+    _, config = made
+    settings = {flag.replace("-", "_") for flag in s4d.SETTINGS}
+    assert config.keys() == settings | {"dataset", "init", "images"}
+
+
+def test_nothing_to_go_on_with_is_a_beginning(made, tmp_path):
+    said, (run, config) = [], made
+    with s4d.checkpoints(tmp_path / "new") as manager:
+        assert s4d.resume(manager, run, config, said.append) is None
+    assert "starting at the beginning" in said[0]
+
+
+def test_arrays_survive_the_way_there_and_back(made):
+    """Every kind of state: parameters, moments, counts, keys; nothing is left out."""
+    run, _ = made
+    before = s4d.state_arrays(run)
+    parts = run.model, run.optimizer
+    assert len(before) == len(jax.tree.leaves(nnx.state(parts)))
+    kinds = "dropout.rngs.count", "dropout.rngs.key", "log_dt", ".mu.", ".nu.", "step"
+    assert all(any(kind in name for name in before) for kind in kinds), before.keys()
+    changed = {k: a + np.ones((), a.dtype) for k, a in before.items()}
+    s4d.put_arrays(run, changed)
+    after = s4d.state_arrays(run)
+    assert all((after[k] == changed[k]).all() for k in changed)
+    s4d.put_arrays(run, before)
+    forms = map(s4d.key_form, jax.tree.leaves(nnx.state(run.model)))
+    assert {form for form in forms if form} == {"rbg"}
+
+
+# -- pieces ---------------------------------------------------------------------------
+
+
+def test_batches_go_on_where_they_were_left():
+    u, labels = np.arange(22.0).reshape(22, 1, 1), np.arange(22)
+
+    def noisy(inputs, rng):
+        return inputs + rng.standard_normal(inputs.shape)
+
+    def feed(seed, place=None):
+        return s4d.batches((u, labels), 3, 4, seed, noisy, place, whole=False)
+
+    whole, rng = list(feed(5)), np.random.default_rng(5)
+    first = feed(rng)
+    begun = [next(first) for _ in range(7)]
+    left = 7, rng.bit_generator.state
+    rest = list(feed(np.random.default_rng(5), left))
+    assert len(whole) == 17 and len(whole[-1][1]) == 2  # 66 images, none left out
+    for (a, b), (c, d) in zip(whole, begun + rest, strict=True):
+        assert (a == c).all() and (b == d).all()
+
+
+def test_nudges_of_other_sizes():
+    rng, image = np.random.default_rng(0), np.full((28, 28), -1.0)
+    image[3, 14] = 1.0
+    moved = s4d.nudged(np.tile(image.reshape(1, -1, 1), (2000, 1, 1)), rng)
+    places, counts = np.unique(moved[:, :, 0].argmax(1), return_counts=True)
+    around = [28 * (3 + i) + 14 + j for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    assert places.tolist() == around and counts.argmax() == 4
+
+
+def test_evaluate_in_portions_is_evaluate():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(9, 10, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
+    u = np.random.default_rng(0).standard_normal((25, 9)).astype(np.float32)
+    data, asked = (u, np.arange(25) % 10), []
+
+    def ask(model, u):
+        asked.append(len(u))
+        return model(u)
+
+    whole = s4d.evaluate(model, data)
+    assert s4d.evaluate(model, data, ask, portion=10) == pytest.approx(whole, rel=1e-6)
+    assert asked == [10, 10, 5]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_second_acts(number):
+    before = signal.getsignal(number)
+    acted = []
+    signal.signal(number, lambda *_: acted.append(number))
+    try:
+        with s4d.stop_noted() as notes:
+            os.kill(os.getpid(), number)
+            assert (notes, acted) == ([number], [])
+            assert s4d.stop_agreed(notes, False) and not s4d.stop_agreed([], True)
+            os.kill(os.getpid(), number)
+            assert acted == [number]
+        os.kill(os.getpid(), number)
+        assert acted == [number] * 2 and notes == [number]
+    finally:
+        signal.signal(number, before)
+
+
+def test_convolution_by_rows_is_the_convolution():
+    u = jax.random.normal(jax.random.key(0), (4, 3, 50))
+    K = jax.random.normal(jax.random.key(1), (3, 50))
+
+    def total(conv, K):
+        return jnp.sum(conv(u, K) ** 2)
+
+    assert (s4d.convolve_rows(u, K) == s4d.causal_conv(u, K)).all()
+    ours, theirs = (
+        jax.grad(lambda K, f=f: total(f, K))(K)
+        for f in (s4d.convolve_rows, s4d.causal_conv)
+    )
+    assert np.allclose(ours, theirs, rtol=1e-5)
