@@ -13,7 +13,7 @@
 # %% [markdown]
 # # The Annotated S4D
 #
-# *From a mass on a spring to a trained classifier, in one file.*
+# *From a mass on a spring to a model that draws digits, in one file.*
 #
 # Some signals are long: a second of sound has 16,000 samples, an image read pixel by
 # pixel has hundreds of steps. A recurrent network reads them one step at a time and
@@ -55,6 +55,7 @@
 # | 7 Where to start | which complex numbers make a good memory |
 # | 8, 9, 10 Layer, block, model | a neural network |
 # | 11 Training | handwritten digits, read one pixel at a time |
+# | 12 Streaming and generating | the same model, pixel by pixel; half digits, completed |
 # | Closing | all views agree; where we deviate from the papers; exercises |
 # | Appendix A | all options of the layer; weights from elsewhere |
 # | Appendix B | what S4D left out: DSS and S4 |
@@ -235,7 +236,7 @@ def display(draw, promise):
     from IPython.display import Image, Markdown, display
 
     if promise:
-        wait = Markdown("(drawn below, when the model has trained)")
+        wait = Markdown("(drawn below, when the models have trained)")
         draw.place = display(wait, display_id=draw.__name__)
     else:
         image = Image(picture(draw), alt=caption(draw), width=800)
@@ -289,17 +290,20 @@ def require_choice(name, value, choices):
 #
 # ### The result
 #
-# And this is where we are going. The picture is made by the model that this page
-# trains; it is drawn when Part 11 has trained it.
+# And this is where we are going. The picture is made by the two models that this page
+# trains; it is drawn when Part 12 has trained the second.
 
 # %%
 @figure(later=True)
 def hero():
-    """Left, a handwritten digit that the model reads as a row of 64 pixels, top line
-    first. Middle, its belief in each of the ten classes after every pixel. Right, four
-    of the convolution kernels that it learned."""
+    """Above, a handwritten digit that a model reads as a row of 64 pixels, top line
+    first, its belief in each class after every pixel, and four of the convolution
+    kernels that it learned. Below, ten test digits, and what a second model makes of
+    them when it is given their upper halves: it draws the lower halves."""
     model, _, (images, labels) = trained()
-    fig, (left, middle, right) = canvas(1, 3, 2.8, width_ratios=[1, 2, 1.6])
+    fig = Figure((8, 4.6), layout="constrained")
+    grid = fig.add_gridspec(2, 3, width_ratios=[1, 2, 1.6], height_ratios=[1.3, 1])
+    left, middle, right = (fig.add_subplot(grid[0, k]) for k in range(3))
     _, answers = advance(model, model.init_state(1), images[:1])
     belief = jax.nn.softmax(answers[0])  # (64, 10)
     left.imshow(images[0].reshape(8, 8))
@@ -309,6 +313,9 @@ def hero():
     for h, K in enumerate(model.stack.blocks[0].ssm.kernel(64)[:4]):
         right.plot(K / np.abs(K).max() - 2.2 * h)
     right.set(yticks=[], xlabel="step", title="learned kernels")
+    below, both = fig.add_subplot(grid[1, :]), ten_completed()
+    below.imshow(np.vstack([strip(levels) for levels in both]))  # (18, 90)
+    below.set(xticks=[], yticks=[], title="lower halves, drawn by a model")
     return fig
 
 
@@ -3015,16 +3022,28 @@ def trained():
         return trained_once()
 
 
+def recorded(name, make, train, prepare=lambda data: data):
+    """What train() returns, where this file runs. Where it is imported, the model that
+    make() returns with the parameters in assets, its history and the test data."""
+    saved = None if RUN else Path(__file__).with_name("assets") / name
+    if RUN or not saved.exists():
+        return train()
+    model = make()
+    history = load_parameters(saved, model)
+    model.eval()
+    return model, history, prepare(load_digits()[2])
+
+
 @functools.cache
 def trained_once():
     """Train the model where this file runs, read it where this file is imported."""
-    saved = None if RUN else Path(__file__).with_name("assets") / "digits.npz"
-    if RUN or not saved.exists():
-        return train_digits()
-    model = digit_model()
-    history = load_parameters(saved, model)
-    model.eval()
-    return model, history, load_digits()[2]
+    return recorded("digits.npz", digit_model, train_digits)
+
+
+def keep(name, model, history):
+    """From a script, leave the model beside the pictures."""
+    if "__file__" in globals():
+        save_parameters(Path(__file__).with_name("assets") / name, model, history)
 
 
 if RUN:
@@ -3033,9 +3052,7 @@ if RUN:
     seconds, (loss, accuracy) = time.perf_counter() - start, evaluate(model, test)
     size = sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
     print(f"{size:,} parameters, {seconds:.0f} seconds, test accuracy {accuracy:.2%}")
-    if "__file__" in globals():  # a script leaves the model beside its pictures
-        saved = Path(__file__).with_name("assets") / "digits.npz"
-        save_parameters(saved, model, history)
+    keep("digits.npz", model, history)
 
 
 # %% [markdown]
@@ -3079,46 +3096,6 @@ def predictions():
         title = f"{answers[i]}" if right else f"{answers[i]}, not {labels[i]}"
         ax.set_title(title, color=INK if right else ORANGE, fontsize=10)
     return fig
-
-
-# %% [markdown]
-# Now watch it read. After each pixel the model has an answer for what it has seen so
-# far, by `advance`, which gives the answers for all prefixes at once. Do not trust the
-# first of them. The model was trained on whole images only, and one black pixel says
-# next to nothing: what it believes then is a habit, and no knowledge. Rows without ink
-# change little; a stroke in the right place changes everything.
-
-# %%
-@functools.cache
-def beliefs(index):
-    """The probability of each class after every pixel of a test digit, (64, 10)."""
-    model, _, (images, _) = trained()
-    _, answers = advance(model, model.init_state(1), images[index : index + 1])
-    return np.asarray(jax.nn.softmax(answers[0]))
-
-
-@figure(index=(0, 359), pixels=(1, 64))
-def pixel_by_pixel(index=1, pixels=36):
-    """A test digit, as far as it has been read (left), what the model believes at this
-    point (middle), and how it came to believe it (right; the true class in orange)."""
-    _, _, (images, labels) = trained()
-    belief, label = beliefs(index), labels[index]
-    fig, (left, middle, right) = canvas(1, 3, 2.6, width_ratios=[1, 1.3, 2])
-    seen = np.where(np.arange(64) < pixels, images[index, :, 0], np.nan)
-    left.imshow(seen.reshape(8, 8), vmin=-1, vmax=1)
-    left.set(xticks=[], yticks=[], title=f"digit {label}, {pixels} pixels")
-    for k in range(10):
-        color = ORANGE if k == label else BLUE
-        bar = [0, belief[pixels - 1, k]]
-        middle.plot([k, k], bar, color=color, lw=10, solid_capstyle="butt")
-        right.plot(np.arange(1, pixels + 1), belief[:pixels, k], color=color, lw=1.2)
-    middle.set(xticks=range(10), xlim=(-0.7, 9.7), ylim=(0, 1), title="belief")
-    right.set(xlim=(1, 64), ylim=(0, 1), xlabel="pixels read", title="belief over time")
-    return fig
-
-
-if RUN:
-    show(hero)  # the promise of Part 0
 
 
 # %% [markdown]
@@ -3241,9 +3218,501 @@ if RUN:
 
 
 # %% [markdown]
-# *What stands: a trained model that can be read as a convolution or run pixel by pixel.
-# The belief in the first picture of this page comes from `advance`. Exercise: at which
-# pixel does the model make up its mind, for each of the digits?*
+# *What stands: a trained classifier, and a way to train on what has no end. Exercise: for
+# which delays does the twin that throws its state away do as well?*
+
+# %% [markdown]
+# ## Part 12: Streaming and generating
+#
+# Training wants the convolution: the whole sequence is there, and all its samples can
+# be worked on at once. Two uses of a trained model want the recurrence. A *stream*
+# comes sample by sample, and an answer is wanted before the next one is there. And a
+# model that *generates* makes its own next sample, so that there is nothing to convolve
+# until it has been made. Nothing needs to be trained again or converted for either. The
+# parameters are the same.
+#
+# ### Reading pixel by pixel
+#
+# The classifier of Part 11 has learned from whole images. Here it reads the test images
+# with `step`, one pixel at a time, and all that it remembers between two pixels is its
+# state. `advance` gives the same answers for all prefixes at once.
+
+# %%
+if RUN:
+    model, _, (images, labels) = trained()
+    state, stepped = run_steps(model, images)  # (360, 64, 10)
+    _, advanced = advance(model, model.init_state(len(images)), images)
+    agree("logits after each pixel, stepped", stepped, "advanced", advanced)
+    last = stepped[:, -1]
+    agree("logits after the last pixel, stepped", last, "called", call(model, images))
+    print(f"test accuracy, pixel by pixel: {(last.argmax(-1) == labels).mean():.2%}")
+    numbers = sum(x[0].size for x in jax.tree.leaves(state))
+    print(f"the state of one image: {numbers:,} numbers, at pixel 1 as at pixel 64")
+
+
+# %% [markdown]
+# Now watch it read. After each pixel it has an answer for what it has seen so far. Do
+# not trust the first of them. The model was trained on whole images only, and one black
+# pixel says next to nothing: what it believes then is a habit, and no knowledge. Rows
+# without ink change little; a stroke in the right place changes everything.
+
+# %%
+@functools.cache
+def beliefs(index):
+    """The probability of each class after every pixel of a test digit, (64, 10)."""
+    model, _, (images, _) = trained()
+    _, answers = advance(model, model.init_state(1), images[index : index + 1])
+    return np.asarray(jax.nn.softmax(answers[0]))
+
+
+@figure(index=(0, 359), pixels=(1, 64))
+def pixel_by_pixel(index=1, pixels=36):
+    """A test digit, as far as it has been read (left), what the model believes at this
+    point (middle), and how it came to believe it (right; the true class in orange)."""
+    _, _, (images, labels) = trained()
+    belief, label = beliefs(index), labels[index]
+    fig, (left, middle, right) = canvas(1, 3, 2.6, width_ratios=[1, 1.3, 2])
+    seen = np.where(np.arange(64) < pixels, images[index, :, 0], np.nan)
+    left.imshow(seen.reshape(8, 8), vmin=-1, vmax=1)
+    left.set(xticks=[], yticks=[], title=f"digit {label}, {pixels} pixels")
+    for k in range(10):
+        color = ORANGE if k == label else BLUE
+        bar = [0, belief[pixels - 1, k]]
+        middle.plot([k, k], bar, color=color, lw=10, solid_capstyle="butt")
+        right.plot(np.arange(1, pixels + 1), belief[:pixels, k], color=color, lw=1.2)
+    middle.set(xticks=range(10), xlim=(-0.7, 9.7), ylim=(0, 1), title="belief")
+    right.set(xlim=(1, 64), ylim=(0, 1), xlabel="pixels read", title="belief over time")
+    return fig
+
+
+# %% [markdown]
+# ### A model of the digits themselves
+#
+# A classifier says what an image shows. Can a model draw one? Call the grey level of
+# pixel $l$ by $v_l$, one of $V = 17$ levels from 0, black, to 16, white. Every
+# distribution over images can be written as a product of small questions, each about
+# one pixel when those before it are known:
+#
+# $$
+# p(v_0, \dots, v_{63}) = \prod_{l=0}^{63} p(v_l \mid v_0, \dots, v_{l-1}) .
+# $$
+#
+# So it is enough to answer the small question well. The model gives $V$ scores for each
+# pixel, and their softmax is a *categorical* distribution over the levels. It is
+# causal, as Part 9 has shown, so all 64 questions are asked in one call. Only the input
+# must be moved by one place, or the answer would stand in the question: what the model
+# reads at place $l$ is $v_{l-1}$, and at the first place a *start sign*, an eighteenth
+# symbol. Levels are names here and not brightnesses, so each is given a channel of its
+# own that is 1 where all others are 0 (*one-hot*).
+
+# %%
+LEVELS = 17  # of grey, 0 to 16
+
+
+def grey_levels(images):
+    """Images (n, 64, 1), brightness -1 to 1, as integer levels (n, 64), 0 to 16."""
+    return np.rint(8 * images[..., 0] + 8).astype(np.int32)
+
+
+def after_start(levels, V=LEVELS):
+    """Put the start sign V before levels (batch, L): one-hot, (batch, L + 1, V + 1)."""
+    start = jnp.full((len(levels), 1), V, levels.dtype)
+    return jax.nn.one_hot(jnp.concatenate([start, levels], 1), V + 1)
+
+
+def next_pixel(data):
+    """From (images, labels): what is read, (n, 64, 18), and should be said, (n, 64)."""
+    levels = grey_levels(data[0])
+    return np.asarray(after_start(levels)[:, :-1]), levels
+
+
+# %% [markdown]
+# The logarithm turns the product into a sum, and the mean of its terms is the
+# cross-entropy that `train` makes small already: one classification for each pixel
+# instead of one for each image. So `train` takes the new task as it is. The model has
+# pooling `none`, which answers at every place. It is smaller than the classifier, two
+# blocks with 64 channels and a state of 32 each.
+#
+# @@TRAINTEXT@@
+
+# %%
+def generator_model(seed=0):
+    """Return the untrained next-pixel model of this page."""
+    rngs = nnx.Rngs(seed, dropout=jax.random.key(seed, impl="rbg"))
+    sizes = LEVELS + 1, LEVELS, 64, 32, 2
+    return S4DModel(*sizes, pooling="none", dropout=0.1, rngs=rngs)
+
+
+def train_generator(seed=0, copies=10):
+    """Train it. Returns the model, its history and the test data."""
+    (images, labels), validation, test = load_digits()
+    rng, model = np.random.default_rng(seed), generator_model(seed)
+    images = np.concatenate([nudged(images, rng) for _ in range(copies)])
+    data, validation = next_pixel((images, labels)), next_pixel(validation)
+    history = train(model, data, validation, epochs=2, seed=seed)
+    model.eval()
+    return model, history, next_pixel(test)
+
+
+# %% [markdown]
+# As before, it trains where this file runs and is read from `assets` where it is
+# imported.
+
+# %%
+@functools.cache
+def trained_generator_once():
+    """Train the next-pixel model, or read it."""
+    return recorded("generator.npz", generator_model, train_generator, next_pixel)
+
+
+def trained_generator():
+    """Return the trained next-pixel model, its history and the test data."""
+    with TRAINING:
+        return trained_generator_once()
+
+
+if RUN:
+    start = time.perf_counter()
+    generator, history, test = trained_generator()
+    print(f"{time.perf_counter() - start:.0f} seconds")
+    keep("generator.npz", generator, history)
+
+
+# %% [markdown]
+# ### Bits per pixel
+#
+# How good is it? The base-2 logarithm of a probability has a meaning: an image of which
+# the model says $p$ can be stored in $-\log_2 p$ bits, up to one, by a code made of the
+# model's answers. Fewer bits, better guesses. Seventeen equally likely levels take
+# $\log_2 17 = 4.09$ bits per pixel.
+#
+# A number needs a neighbour. So let us count, too. The simplest model is the histogram
+# of each pixel over the training images, which knows where ink tends to be. Others look
+# at the pixel to the left or above, or at both. Each is a table of counts with a row
+# for each *context*, and one is added to every count, so that nothing is impossible
+# (Laplace). What lies outside of the image is level 17.
+
+# %%
+def neighbour(levels, down, right):
+    """The level so many pixels above and to the left of each pixel, (n, 64)."""
+    outside = ((0, 0), (down, 0), (right, 0))
+    padded = np.pad(levels.reshape(-1, 8, 8), outside, constant_values=LEVELS)
+    return padded[:, :8, :8].reshape(-1, 64)
+
+
+CONTEXTS = {
+    "nothing": lambda v: 0 * v,
+    "its place": lambda v: 0 * v + np.arange(64),
+    "the pixel to the left": lambda v: neighbour(v, 0, 1),
+    "the pixel above": lambda v: neighbour(v, 1, 0),
+    "its place and the pixel above": lambda v: 18 * np.arange(64) + neighbour(v, 1, 0),
+    "the pixels above and to the left":
+        lambda v: 18 * neighbour(v, 1, 0) + neighbour(v, 0, 1),
+}
+
+
+def histogram_bits(context, train, test):
+    """Bits for each pixel of test (n, 64), by counting levels per context in train."""
+    counts = np.ones((18 * 64, LEVELS))
+    np.add.at(counts, (context(train), train), 1)
+    p = counts / counts.sum(1, keepdims=True)
+    return -np.log2(p[context(test), test])
+
+
+# %% [markdown]
+# The model is measured on the same pixels. Its own bits come from the convolution: the
+# log probability of each level, given all before it.
+
+# %%
+@nnx.jit
+def log_likelihood(model, levels):
+    """Log probability of each level (batch, L) given those before, by convolution."""
+    scores = model(after_start(levels, model.decoder.out_features)[:, :-1])
+    log_p = jax.nn.log_softmax(scores)  # (batch, L, V)
+    return jnp.take_along_axis(log_p, levels[..., None], -1)[..., 0]
+
+
+def all_bits():
+    """Bits for each pixel of the test images (360, 64), by each table and the model."""
+    train, test = (grey_levels(load_digits()[part][0]) for part in (0, 2))
+    bits = {k: histogram_bits(context, train, test) for k, context in CONTEXTS.items()}
+    model, *_ = trained_generator()
+    return bits | {"all pixels before: S4D": -log_likelihood(model, test) / math.log(2)}
+
+
+if RUN:
+    for known, bits in all_bits().items():
+        print(f"{known:34s} {bits.mean():.3f} bits per pixel")
+
+
+# %% [markdown]
+# Where do the bits go?
+
+# %%
+@figure()
+def bits_by_pixel():
+    """Bits that each pixel costs, mean over the test images, on one scale from black,
+    0, to white, 4. Left, if only its place is known. Middle, if the pixels above and to
+    the left are. Right, by the model, which knows all pixels before."""
+    bits, fig = all_bits(), Figure(figsize=(8, 2.9), layout="constrained")
+    names = "its place", "the pixels above and to the left", "all pixels before: S4D"
+    titles = "its place", "above and left", "all before: S4D"
+    for ax, name, title in zip(fig.subplots(1, 3), names, titles):
+        image = np.asarray(bits[name]).mean(0).reshape(8, 8)
+        ax.imshow(image, vmin=0, vmax=4)
+        ax.set(xticks=[], yticks=[], title=f"{title}: {image.mean():.2f}")
+    return fig
+
+
+# %% [markdown]
+# ### Drawing lots
+#
+# To generate is to ask the small question, draw a level from the answer, feed it back
+# as the next input, and ask again. Two knobs change the answer before the draw.
+#
+# The **temperature** $T$ divides the scores. Below 1 it makes the likely levels more
+# likely, and at 0 the likeliest is certain (*greedy*). Above 1 it evens them out. The
+# **nucleus** cuts off the tail, which one model in many steps would draw from sooner or
+# later: of the levels in the order of their probability it keeps the first whose sum
+# reaches `top_p` (Holtzman et al., 2019). What remains is made to sum to one.
+
+# %%
+def tempered(scores, temperature, top_p):
+    """The log probabilities to draw from, of scores (..., V). First T, then top_p."""
+    cold = temperature < jnp.finfo(scores.dtype).tiny
+    scores = scores - scores.max(-1, keepdims=True)
+    best = jnp.arange(scores.shape[-1]) == scores.argmax(-1)[..., None]
+    greedy = jnp.where(best, 0.0, -jnp.inf)
+    scores = jnp.where(cold, greedy, scores / jnp.where(cold, 1.0, temperature))
+    order = jnp.argsort(-scores, -1)  # (..., V)
+    p = jnp.take_along_axis(jax.nn.softmax(scores), order, -1)
+    before = jnp.cumsum(p, -1) - p  # the sum of all that are more likely
+    keep = (before < top_p) | (top_p >= 1)  # rounding must not cut at 1
+    keep = jnp.take_along_axis(keep, jnp.argsort(order, -1), -1)
+    return jax.nn.log_softmax(jnp.where(keep, scores, -jnp.inf))
+
+
+# %% [markdown]
+# Turn the knobs on one answer, the model's for a pixel in the middle of a test digit:
+
+# %%
+@figure(temperature=(0.0, 2.0), top_p=(0.05, 1.0))
+def next_level(temperature=0.7, top_p=0.9):
+    """The probability of each grey level of one pixel, as the model gives it (blue) and
+    as it is drawn from, with this temperature and this nucleus (orange)."""
+    model, _, (u, _) = trained_generator()
+    scores, (fig, ax) = call(model, u[:1])[0, 35], canvas(height=2.4)
+    before = np.exp(tempered(scores, 1.0, 1.0))
+    after = np.exp(tempered(scores, temperature, top_p))
+    for k in range(LEVELS):
+        for at, p, color in ((k - 0.2, before, BLUE), (k + 0.2, after, ORANGE)):
+            ax.plot([at, at], [0, p[k]], color=color, lw=8, solid_capstyle="butt")
+    ax.lines[0].set_label("the model's")
+    ax.lines[1].set_label("drawn from")
+    ax.legend()
+    ax.set(xticks=range(LEVELS), xlabel="grey level", ylabel="probability")
+    return fig
+
+
+# %% [markdown]
+# ### A prefix by convolution, the rest by steps
+#
+# What is given, the *prefix*, is known at once, so it goes in by `advance`, which
+# leaves the state at its end. From there on `step`, inside one compiled scan. The
+# number of steps is part of the compiled program; temperature and `top_p` are numbers
+# that go in, so turning them compiles nothing. All chance comes from a key, and step
+# $k$ uses the key folded with $k$: the same key gives the same levels, and a longer run
+# begins as a shorter one does.
+
+# %%
+@functools.partial(nnx.jit, static_argnames="steps")
+def sample(model, prefix, key, temperature, top_p, *, steps):
+    """The work of `generate`, which has checked the arguments."""
+    V = model.decoder.out_features
+    x, scores = model.advance(model.init_state(len(prefix)), after_start(prefix, V))
+
+    def draw(carry, k):
+        x, scores = carry  # scores (batch, V) of the level to come
+        log_p = tempered(scores, temperature, top_p)
+        level = jax.random.categorical(jax.random.fold_in(key, k), log_p)  # (batch,)
+        x, scores = model.step(x, jax.nn.one_hot(level, V + 1))
+        level = level.astype(prefix.dtype)
+        return (x, scores), (level, jnp.take_along_axis(log_p, level[:, None], 1)[:, 0])
+
+    _, (levels, log_p) = jax.lax.scan(draw, (x, scores[:, -1]), jnp.arange(steps))
+    return jnp.concatenate([prefix, levels.T], 1), log_p.T
+
+
+# %% [markdown]
+# The public function looks at what it is given, and turns dropout off.
+
+# %%
+def generate(model, prefix, steps, key, temperature=1.0, top_p=1.0):
+    """Continue rows of levels, prefix (batch, L >= 0), by so many sampled ones.
+
+    The model reads V levels and a start sign, one-hot, and gives V scores. Returns the
+    rows (batch, L + steps), and the log probability of each new level (batch, steps) in
+    the distribution it was drawn from: the model's own if temperature and top_p are 1.
+    At temperature 0 the likeliest level is taken. Raises ValueError for a prefix of
+    another shape, steps < 1, temperature < 0, top_p outside (0, 1], or NaN.
+    """
+    V, prefix = model.decoder.out_features, np.asarray(prefix)
+    given = f"a model of {model.encoder.in_features} inputs and {V} outputs"
+    require(model.encoder.in_features == V + 1, given, "one input more, the start sign")
+    fits = prefix.ndim == 2 and len(prefix) > 0 and prefix.dtype.kind in "iu"
+    given = f"prefix is {prefix.dtype} of shape {prefix.shape}"
+    require(fits, given, "integers of shape (batch >= 1, L >= 0)")
+    odd = prefix[(prefix < 0) | (prefix >= V)]
+    require(not odd.size, f"prefix holds {odd[:3]}", f"levels 0 to {V - 1}")
+    require_count("steps", steps)
+    fits = 0 <= temperature < math.inf
+    require(fits, f"temperature is {temperature}", "0 <= temperature < inf")
+    require(0 < top_p <= 1, f"top_p is {top_p}", "0 < top_p <= 1")
+    knobs = float(temperature), float(top_p)  # traced: a new value compiles nothing
+    model, prefix = nnx.view(model, deterministic=True), jnp.asarray(prefix, int)
+    return sample(model, prefix, key, *knobs, steps=int(steps))
+
+
+# %% [markdown]
+# Here the two views of one system meet again. The sampler has noted the log probability
+# of each level at the moment it drew it, from the recurrence. Afterwards the
+# convolution reads the finished image and says how likely each level was. The sums must
+# be the same. (With another temperature or a nucleus they differ, and should: the
+# sampler then drew from another distribution than the model's.)
+
+# %%
+if RUN:
+    halves = grey_levels(load_digits()[2][0])[:100, :32]
+    drawn, log_p = generate(generator, halves, 32, jax.random.key(0))
+    later = log_likelihood(generator, drawn)[:, 32:]
+    agree("log p of each half, drawn", log_p.sum(1), "convolved", later.sum(1))
+    again, _ = generate(generator, halves, 20, jax.random.key(0))
+    print("the same key begins the same:", bool((again == drawn[:, :52]).all()))
+
+
+# %% [markdown]
+# ### Digits, completed
+#
+# The model is given the upper rows of a test digit, which it has never seen, and draws
+# the rest. It was not told what a digit is; nobody gave it a label. Whether a
+# completion is one we can ask the classifier.
+
+# %%
+@functools.cache
+def completed(index, given, temperature, seed, n=14):
+    """Complete a test digit n times from so many rows. Levels (n, 64)."""
+    model, _, (_, levels) = trained_generator()
+    prefix = np.repeat(levels[index : index + 1, : 8 * given], n, 0)
+    steps = 64 - prefix.shape[1]
+    return generate(model, prefix, steps, jax.random.key(seed), temperature)[0]
+
+
+def read_digits(levels):
+    """What the classifier of Part 11 reads in levels (n, 64). Returns labels (n,)."""
+    return call(trained()[0], np.float32(levels)[..., None] / 8 - 1).argmax(-1)
+
+
+# %% [markdown]
+# Pick a digit, how many rows of it are given, and the temperature. Another seed draws
+# fourteen others.
+
+# %%
+@figure(digit=(0, 9), given=[2, 3, 4, 5, 6], temperature=(0.0, 2.0), seed=(0, 9))
+def completions(digit=3, given=4, temperature=0.7, seed=0):
+    """A test digit, the rows of it that are given, and fourteen ways in which the model
+    goes on below the line, none of them chosen. Above each is what the classifier reads
+    in it, in orange where that is not the digit."""
+    _, _, (images, labels) = trained()
+    index = int(np.argmax(labels == digit))
+    level = grey_levels(images[index : index + 1])
+    prefix = np.where(np.arange(64) < 8 * given, level, np.nan)
+    drawn = completed(index, given, temperature, seed)
+    titles = ["original", "given", *read_digits(drawn)]
+    fig, axes = canvas(2, 8, 2.8)
+    for ax, image, title in zip(axes.flat, [*level, *prefix, *drawn], titles):
+        ax.imshow(np.reshape(image, (8, 8)), vmin=0, vmax=16)
+        ax.axhline(8 * given / 8 - 0.5, color=ORANGE, lw=1)
+        ax.set(xticks=[], yticks=[])
+        right = title in ("original", "given", digit)
+        ax.set_title(title, color=INK if right else ORANGE, fontsize=10)
+    return fig
+
+
+# %% [markdown]
+# At temperature 0 all fourteen are the same, and often dull: the likeliest level at
+# each place does not make the likeliest image. At 2 the strokes fall apart. One test
+# digit proves little, so let the classifier read a completion of every test image's
+# upper half. How often does it find the digit that the half came from? It has not
+# learned from drawn images, and some halves do not tell their digit. For comparison it
+# reads the whole images, and the halves with black below.
+
+# %%
+if RUN:
+    images, labels = load_digits()[2]
+    levels = grey_levels(images)
+    rows = {"whole": levels, "black below": np.where(np.arange(64) < 32, levels, 0)}
+    for T in (0.0, 0.5, 1.0, 1.5):
+        drawn, _ = generate(generator, levels[:, :32], 32, jax.random.key(0), T)
+        rows[f"completed, temperature {T}"] = drawn
+    for name, drawn in rows.items():
+        share = (read_digits(drawn) == labels).mean()
+        print(f"{name:26s} read as its digit: {share:.1%}")
+
+
+# %% [markdown]
+# The first picture of this page shows a digit of each class, completed from its upper
+# half, in strips of digits side by side.
+
+# %%
+def strip(levels):
+    """Levels (n, 64) as one image (9, 9 n), the digits side by side with gaps."""
+    gap = ((0, 0), (0, 1), (0, 1))
+    images = np.float32(levels).reshape(-1, 8, 8)
+    return np.hstack(np.pad(images, gap, constant_values=np.nan))
+
+
+def ten_completed(temperature=0.7, seed=0):
+    """The first test digit of each class, and a completion of it. Levels (10, 64)."""
+    _, _, (images, labels) = trained()
+    levels = grey_levels(images)[[np.argmax(labels == k) for k in range(10)]]
+    half, key = levels[:, :32], jax.random.key(seed)
+    return levels, generate(trained_generator()[0], half, 32, key, temperature)[0]
+
+
+if RUN:
+    show(hero)  # the promise of Part 0
+
+
+# %% [markdown]
+# ### What a pixel costs
+#
+# A Transformer looks at all earlier pixels again for each new one, so the next costs
+# more than the last. Here a step reads the state, which never grows: the cost of a
+# pixel does not depend on how many there have been. Sixteen images at a time share the
+# parameters and most of the overhead. (The model goes on after pixel 64 without
+# complaint, though it has never seen a place so late.)
+
+# %%
+def levels_per_second(model, batch, steps):
+    """How many levels are drawn in a second, from the start sign; the best of three."""
+    prefix, times = np.zeros((batch, 0), int), []
+    for seed in range(4):  # the first compiles
+        start = time.perf_counter()
+        jax.block_until_ready(generate(model, prefix, steps, jax.random.key(seed)))
+        times.append(time.perf_counter() - start)
+    return batch * steps / min(times[1:])
+
+
+if RUN:
+    for batch in (1, 16):
+        for steps in (64, 1024):
+            rate = levels_per_second(generator, batch, steps)
+            print(f"batch {batch:2d}, {steps:4d} pixels each: {rate:7,.0f} a second")
+
+# %% [markdown]
+# *What stands: one set of parameters, trained as a convolution, that reads a stream and
+# draws digits as a recurrence. Exercise: the model reads line by line. Could you give
+# it the lower half of a digit and have it draw the upper one, without training anew?*
 
 # %% [markdown]
 # ## Closing: all views agree
@@ -3323,6 +3792,7 @@ if RUN:
 # | $B$ | fixed to 1 in the minimal code | learned, starts at 1 | its gradient is there anyway |
 # | LegS | $B/2$ of HiPPO in the eigenbasis | $B = 1$ for every start, as in the authors' code | $C$ is random |
 # | block | S4D, GLU, residual | the same and an FFN | as in a Transformer |
+# | step | discretized once, before the first | at each step | nothing can go stale |
 # | DSS | softmax over the length of each call, $\Re A$ free | over `l_max`, $\Re A < 0$ | a step does not know the length; no division by zero |
 # | S4 | learns $\tilde C = C(I - \bar A^L)$ for one $L$ | learns $C$, computes $\tilde C$ | any length, and the recurrence needs $C$ |
 # | S4 | complex64 | double precision inside | agrees with its recurrence |
@@ -3337,6 +3807,10 @@ if RUN:
 #    lost, and why?
 # 4. Write `ssm_recurrence` with an associative scan of dense matrices. What does one
 #    combination cost, and what does that say about diagonal systems?
+# 5. Give the next-pixel model the label of each digit instead of the start sign. Can you
+#    ask it for a 7 then, and how many bits does it save?
+# 6. Train it on the pixels in a random but fixed order. Which of the tables of counts in
+#    Part 12 does not notice, and what does that say about the model?
 #
 # ### References
 #
@@ -3356,6 +3830,8 @@ if RUN:
 # - R. J. Williams, J. Peng. [An Efficient Gradient-Based Algorithm for On-Line Training
 #   of Recurrent Network Trajectories](https://doi.org/10.1162/neco.1990.2.4.490). 1990.
 #   (truncated back-propagation through time)
+# - A. Holtzman, J. Buys, L. Du, M. Forbes, Y. Choi. [The Curious Case of Neural Text
+#   Degeneration](https://arxiv.org/abs/1904.09751). 2019. (the nucleus)
 # - S. Rush, S. Karamcheti. [The Annotated S4](https://srush.github.io/annotated-s4/).
 #   2022.
 # - E. Alpaydin, C. Kaynak. [Optical Recognition of Handwritten

@@ -1,4 +1,4 @@
-"""Make notebooks/annotated_s4d.ipynb, assets/*.png and assets/digits.npz.
+"""Make notebooks/annotated_s4d.ipynb, and assets/*.png and the trained models there.
 
 python notebooks/build.py            execute if the code has changed, else only
                                      bring the prose up to date
@@ -58,12 +58,15 @@ def keep_outputs(notebook, old):
     return True
 
 
-# What the web page shows without computing: each figure as HTML, and the trained model.
+# What the web page shows without computing: each figure as HTML, and the trained
+# models.
+MODELS = ("digits.npz", "generator.npz")
 RECORD = """
 import json
 with matplotlib.rc_context(LOOK):
     drawn = {name: drawing(draw(), caption(draw)) for name, draw in FIGURES.items()}
 save_parameters("digits.npz", *trained()[:2])
+save_parameters("generator.npz", *trained_generator()[:2])
 print(json.dumps(drawn | {"explorer data": explorer_data()}))
 """
 
@@ -71,7 +74,7 @@ print(json.dumps(drawn | {"explorer data": explorer_data()}))
 def execute(notebook):
     """Run every cell in an all but empty folder; record what the page needs.
 
-    Returns the bytes of the trained model.
+    Returns the names of the trained models with their bytes.
     """
     total, done = len(code_cells(notebook)), 0
     with tempfile.TemporaryDirectory() as empty:
@@ -89,11 +92,11 @@ def execute(notebook):
                 print(f"\rcell {done} of {total}", end="", file=sys.stderr, flush=True)
             notebook.cells.append(nbformat.v4.new_code_cell(RECORD))
             client.execute_cell(notebook.cells[-1], len(notebook.cells) - 1)
-        model = (Path(empty) / "digits.npz").read_bytes()
+        models = {name: (Path(empty) / name).read_bytes() for name in MODELS}
     print(file=sys.stderr)
     extra = notebook.cells.pop()
     record(notebook, json.loads("".join(output["text"] for output in extra.outputs)))
-    return model
+    return models
 
 
 def record(notebook, drawn):
@@ -142,9 +145,10 @@ def main():
         nbformat.read(NOTEBOOK, 4) if NOTEBOOK.exists() else nbformat.v4.new_notebook()
     )
     if force or not keep_outputs(notebook, old):
-        model = execute(notebook)
+        models = execute(notebook)
         save_assets(notebook)
-        (ROOT / "assets" / "digits.npz").write_bytes(model)
+        for name, model in models.items():
+            (ROOT / "assets" / name).write_bytes(model)
     nbformat.write(notebook, NOTEBOOK)
     print(f"{NOTEBOOK.relative_to(ROOT)} is up to date")
 

@@ -37,7 +37,7 @@ SLOW = {"cost_against_length", "pixel_by_pixel"}
 
 @pytest.fixture(scope="module")
 def rehearsal():
-    """Every code cell, run as a script runs it; a small model trains for ten steps."""
+    """Every code cell, run as a script runs it; small models train for ten steps."""
     namespace = {"__name__": "__main__", "__file__": str(ROOT / "annotated_s4d.py")}
     drawn = {}
     for number, source in enumerate(CODE):
@@ -60,6 +60,10 @@ def rehearsal():
             model = namespace["S4DModel"]
             namespace["digit_model"] = lambda seed=0, model=model: model(
                 1, 10, 8, 8, 1, dropout=0.1, rngs=nnx.Rngs(seed)
+            )
+        if "def generator_model(" in source:
+            namespace["generator_model"] = lambda seed=0, model=model: model(
+                18, 17, 8, 8, 1, pooling="none", rngs=nnx.Rngs(seed)
             )
         if "def echoes(" in source:
             echoes = namespace["echoes"]  # a shorter stream
@@ -201,7 +205,7 @@ def test_public_names():
     for name in """oscillator ssm_discretize ssm_recurrence ssm_kernel causal_conv
             hippo_legs s4d_init s4d_discretize s4d_kernel s4d_recurrence s4d_scan S4D
             S4DBlock S4DModel build output_size param_count recommended_defaults train
-            evaluate""".split():
+            evaluate generate""".split():
         assert inspect.getdoc(getattr(s4d, name)), name
 
 
