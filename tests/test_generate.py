@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 V = 5  # levels of the tiny models here; one shape, 3 rows of 4, compiles once
 
 
-def tiny(sharp=1.0, **options):
-    """An untrained model of V levels; sharp sets its scores apart."""
+def tiny(**options):
+    """An untrained model of V levels."""
 
     @nnx.jit  # seconds faster than one operation after the other
     def make():
@@ -27,7 +27,6 @@ def tiny(sharp=1.0, **options):
         return s4d.S4DModel(V + 1, V, **sizes, **options, rngs=nnx.Rngs(0))
 
     model = make()
-    model.decoder.kernel[...] *= sharp
     model.eval()
     return model
 
