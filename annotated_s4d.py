@@ -73,9 +73,10 @@ import re
 import sys
 from pathlib import Path
 
-MAIN, FILE = __name__ == "__main__", Path(globals().get("__file__", "")).resolve()
-SERVED = MAIN and "streamlit" in sys.modules and sys.modules["streamlit"].runtime.exists()
-COMMAND = MAIN and not SERVED and Path(sys.argv[0]).resolve() == FILE and sys.argv[1:]
+MAIN, STREAMLIT = __name__ == "__main__", sys.modules.get("streamlit")
+SERVED = bool(MAIN and STREAMLIT and STREAMLIT.runtime.exists())
+HERE = Path(sys.argv[0]).resolve() == Path(globals().get("__file__", "")).resolve()
+COMMAND = sys.argv[1:] if MAIN and HERE and not SERVED else []
 RUN = MAIN and not COMMAND
 PAGE_CELLS = r'(?ms)^# %% tags=\["page"\].*?\n(.*?)(?=^# %%|\Z)'
 
@@ -5985,6 +5986,10 @@ t10k-labels-idx1 f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec
 """
 
 
+# %% [markdown]
+# Whatever goes wrong there, the user is told which file it is and what to do.
+
+# %%
 def fetch_mnist(url=MNIST_URL, cache=None):
     """Fetch the files of MNIST that are not in the cache yet. Returns the folder."""
     import pooch
@@ -6048,7 +6053,7 @@ def mesh():
 
 
 def placed(array, *axes):
-    """Put an array on the devices: a share each, given the axis "batch"; else a copy."""
+    """Put an array on the devices: a share each by the axis "batch", else copies."""
     sharding = jax.sharding.NamedSharding(mesh(), jax.P(*axes))
     return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
 
@@ -6068,9 +6073,9 @@ def divided(array, rows=0):
 # %%
 def convolve_rows(u, K):
     """`causal_conv` of u (batch, H, L) and K (H, L), on each device for its rows."""
-    own = jax.P("batch")
-    conv = jax.shard_map(causal_conv, mesh=mesh(), in_specs=(own, jax.P()), out_specs=own)
-    return conv(u, K)
+    own, all_of_it = jax.P("batch"), jax.P()
+    split = dict(mesh=mesh(), in_specs=(own, all_of_it), out_specs=own)
+    return jax.shard_map(causal_conv, **split)(u, K)
 
 
 # %% [markdown]
@@ -6128,6 +6133,10 @@ def state_arrays(run):
     return {name: np.asarray(numbers) for name, numbers in named.items()}
 
 
+# %% [markdown]
+# And put back by name, whatever number of devices there now is:
+
+# %%
 def put_arrays(run, arrays):
     """Put arrays by name into model and optimizer, a copy on each device."""
 
@@ -6153,6 +6162,10 @@ def checksum(arrays, place=None):
     return total.hexdigest()
 
 
+# %% [markdown]
+# So this is a checkpoint before it is written, and the way back from one:
+
+# %%
 def snapshot(run, config):
     """What a checkpoint holds: arrays by name, and the place as plain values."""
     arrays = state_arrays(run) | {"losses": np.array(run.losses)}
@@ -6189,8 +6202,12 @@ def checkpoints(folder):
     return orbax.checkpoint.CheckpointManager(Path(folder).absolute(), options=options)
 
 
+# %% [markdown]
+# A checkpoint has two items, arrays and place, and bears the number of the step.
+
+# %%
 def save(manager, run, config):
-    """Write a checkpoint, under the number of the step."""
+    """Write a checkpoint of a run."""
     from orbax.checkpoint import args
 
     arrays, place = snapshot(run, config)
@@ -6209,8 +6226,8 @@ def load(manager, step):
 
 # %% [markdown]
 # A disk can spoil what was written well, and a user can name the wrong folder. So a
-# checkpoint that is damaged, or that belongs to another run, is refused with the
-# reason, and the one before it is looked at.
+# checkpoint that is damaged, or that belongs to another run, is refused, and with a
+# reason.
 
 # %%
 def refusal(arrays, place, run, config):
@@ -6227,6 +6244,10 @@ def refusal(arrays, place, run, config):
     return "it is of another run: " + "; ".join(odd) if odd else ""
 
 
+# %% [markdown]
+# Then the one before it is looked at.
+
+# %%
 def last_good(manager, run, config):
     """Return the last checkpoint that can be used, or None; why not, for later ones."""
     refused = {}
@@ -6293,6 +6314,7 @@ def stop_noted():
             signal.signal(number, before[number])
 
 
+# %%
 def stop_agreed(notes, ended):
     """Whether to stop after this step. Every process gives the same answer."""
     if jax.process_count() == 1:
@@ -6322,6 +6344,10 @@ SETTINGS = {  # flag: type, default, least, most, what it is
 }
 
 
+# %% [markdown]
+# `argparse` reads the numbers through this:
+
+# %%
 def within(kind, low, high, step=1):
     """Return a reader for argparse of the numbers in a range."""
     what = {int: "whole numbers", float: "numbers"}[kind] + ", even" * (step == 2)
@@ -6340,8 +6366,23 @@ def within(kind, low, high, step=1):
 
 
 # %% [markdown]
-# The flags. Where the processes meet may also stand in the environment, which is handy
-# for starting many at once.
+# Several processes have to know where they meet, how many they are, and which of them
+# each one is. That may also stand in the environment, which is handy for starting many.
+
+# %%
+def add_process_flags(add):
+    """Add the flags of several processes, whose defaults are in the environment."""
+    env, whole = os.environ.get, functools.partial(within, int)
+    add("--coordinator", metavar="HOST:PORT", default=env("JAX_COORDINATOR_ADDRESS"),
+        help="where several processes meet (JAX_COORDINATOR_ADDRESS)")
+    add("--num-processes", metavar="N", type=whole(1, 10**5),
+        default=env("JAX_NUM_PROCESSES"), help="how many they are (JAX_NUM_PROCESSES)")
+    add("--process-id", metavar="N", type=whole(0, 10**5),
+        default=env("JAX_PROCESS_ID"), help="which one this is (JAX_PROCESS_ID)")
+
+
+# %% [markdown]
+# These and all other flags:
 
 # %%
 def make_parser():
@@ -6351,9 +6392,9 @@ def make_parser():
         "handwritten digits that reads them pixel by pixel."))
     commands = parser.add_subparsers(dest="command", required=True, metavar="train")
     train = commands.add_parser("train", usage="%(prog)s [--help] [settings]")
-    add, env = train.add_argument, os.environ.get
+    add = train.add_argument
     add("--dataset", choices=("digits", "mnist"), default="digits", help="(digits)")
-    add("--data-dir", metavar="FOLDER", help="folder with the four files of MNIST; else they are fetched")
+    add("--data-dir", metavar="FOLDER", help="MNIST's four files, else fetched")
     for flag, (kind, default, *ends, what) in SETTINGS.items():
         read = within(kind, *ends, step=2 if flag == "d-state" else 1)
         value = "" if default is None else f" ({default})"
@@ -6362,12 +6403,7 @@ def make_parser():
     add("--checkpoint-dir", metavar="FOLDER", help="for checkpoints, one each epoch")
     add("--resume", action="store_true", help="go on from the last good checkpoint")
     add("--metrics", metavar="FILE", help="file for a line of JSON for each epoch")
-    add("--coordinator", metavar="HOST:PORT", default=env("JAX_COORDINATOR_ADDRESS"),
-        help="where several processes meet (JAX_COORDINATOR_ADDRESS)")
-    add("--num-processes", type=within(int, 1, 10**5), metavar="N",
-        default=env("JAX_NUM_PROCESSES"), help="how many they are (JAX_NUM_PROCESSES)")
-    add("--process-id", type=within(int, 0, 10**5), metavar="N",
-        default=env("JAX_PROCESS_ID"), help="which one this is (JAX_PROCESS_ID)")
+    add_process_flags(add)
     return parser, train
 
 
@@ -6376,29 +6412,34 @@ def make_parser():
 # the results of another run.
 
 # %%
+def complaints(o):
+    """Yield a sentence for whatever is wrong with options, and whether it is."""
+    data, saved, metrics = (
+        Path(name or "") for name in (o.data_dir, o.checkpoint_dir, o.metrics))
+    yield "--data-dir is for --dataset mnist", o.data_dir and o.dataset != "mnist"
+    yield f"--data-dir {data} is no folder", not data.is_dir()
+    yield "--resume needs --checkpoint-dir", o.resume and not o.checkpoint_dir
+    yield f"--checkpoint-dir {saved} is a file", saved.is_file()
+    full = o.checkpoint_dir and saved.is_dir() and any(saved.iterdir())
+    yield (f"--checkpoint-dir {saved} is not empty; allowed: a new folder, or --resume "
+           "to go on with the run in this one"), full and not o.resume
+    yield f"--metrics {metrics}: there is no such folder", not metrics.parent.is_dir()
+    taken = o.metrics and metrics.exists() and not (o.resume and metrics.is_file())
+    yield f"--metrics {metrics} exists; allowed: a new file, or --resume", taken
+    flags, meeting = "coordinator num_processes process_id".split(), vars(o)
+    missing = [meeting[flag] for flag in flags].count(None)
+    yield "--coordinator, --num-processes and --process-id belong together", missing % 3
+    last = (o.num_processes or 1) - 1
+    over = (o.process_id or 0) > last
+    yield f"--process-id is {o.process_id}; allowed: 0 to {last}", over
+
+
+# %%
 def read_options(arguments):
     """Read a command line, or leave with a sentence about what is wrong with it."""
     parser, train = make_parser()
     o = parser.parse_args(arguments)
-    data, saved, metrics = (
-        Path(name or "") for name in (o.data_dir, o.checkpoint_dir, o.metrics))
-    full = o.checkpoint_dir and saved.is_dir() and any(saved.iterdir())
-    meeting = [o.coordinator, o.num_processes, o.process_id]
-    for sentence, wrong in {
-        "--data-dir is for --dataset mnist": o.data_dir and o.dataset != "mnist",
-        f"--data-dir {data} is no folder": not data.is_dir(),
-        "--resume needs --checkpoint-dir": o.resume and not o.checkpoint_dir,
-        f"--checkpoint-dir {saved} is a file": saved.is_file(),
-        f"--checkpoint-dir {saved} is not empty; allowed: a new folder, or --resume to "
-        "go on with the run in this one": full and not o.resume,
-        f"--metrics {metrics}: there is no such folder": not metrics.parent.is_dir(),
-        f"--metrics {metrics} exists; allowed: a new file, or --resume":
-            o.metrics and metrics.exists() and not (o.resume and metrics.is_file()),
-        "--coordinator, --num-processes and --process-id belong together":
-            0 < meeting.count(None) < 3,
-        f"--process-id is {o.process_id}; allowed: 0 to {(o.num_processes or 1) - 1}":
-            (o.process_id or 0) >= (o.num_processes or 1),
-    }.items():
+    for sentence, wrong in complaints(o):
         if wrong:
             train.error(sentence)
     o.epochs = o.epochs or {"digits": 40, "mnist": 10}[o.dataset]
@@ -6433,7 +6474,7 @@ def make_run(o):
 # repetition after any break.
 
 # %%
-METRICS = "step", "loss", "validation_loss", "validation_accuracy", "seconds"
+METRICS = "epoch step loss validation_loss validation_accuracy seconds".split()
 
 
 def report(run, file, say):
@@ -6446,28 +6487,19 @@ def report(run, file, say):
         f"validation {validation:.3f}, {accuracy:.2%}   {rate:.1f} steps/s   "
         f"{(run.steps - step) / rate:,.0f} s left")
     if file and jax.process_index() == 0:
-        lines = [{"epoch": i} | dict(zip(METRICS, row)) for i, row in enumerate(rows, 1)]
+        lines = (dict(zip(METRICS, (i, *row))) for i, row in enumerate(rows, 1))
         part = Path(f"{file}.part")
         part.write_text("".join(json.dumps(line) + "\n" for line in lines))
         part.replace(file)
 
 
 # %% [markdown]
-# And the command itself: meet the other processes, prepare, go on if there is something
-# to go on with, take the steps, test.
+# Around the loop of Part 11 comes what an epoch's end asks for: a checkpoint, a report.
+# The checkpoint is first, so that the metrics never know more than it.
 
 # %%
-def train_command(o):
-    """Train as the options say. Returns an exit status."""
-    if o.coordinator:
-        jax.distributed.initialize(o.coordinator, o.num_processes, o.process_id)
-    first = jax.process_index() == 0
-    say = functools.partial(print, flush=True) if first else lambda *_: None
-    run, config, test = make_run(o)
-    say(f"{run.steps:,} steps on {mesh().size} devices in {jax.process_count()} processes")
-    folder = o.checkpoint_dir
-    manager = checkpoints(folder) if folder else None
-    place = resume(manager, run, config, say) if o.resume else None
+def take_steps(run, config, manager, place, o, say):
+    """Take the steps that are left, or as many as until a signal. Returns if it came."""
     start = time.time() - (run.seconds[-1] if run.seconds else 0)
     with stop_noted() as notes:
         for ended in run_training(run, place):
@@ -6479,12 +6511,34 @@ def train_command(o):
             if ended:
                 report(run, o.metrics, say)
             if stop:
-                saved = f"go on with: {o.again}" if manager else "nothing is saved"
-                say(f"stopped after step {len(run.losses):,}; {saved}")
-                return 130
-    say("test: loss {:.3f}, accuracy {:.2%}".format(*evaluate(run.model, test, run.ask)))
+                return True
+    return False
+
+
+# %% [markdown]
+# And the command itself: meet the other processes, prepare, go on if there is something
+# to go on with, take the steps, test.
+
+# %%
+def train_command(o):
+    """Train as the options say. Returns an exit status."""
+    if o.coordinator:
+        jax.distributed.initialize(o.coordinator, o.num_processes, o.process_id)
+    first, count = jax.process_index() == 0, jax.process_count()
+    say = functools.partial(print, flush=True) if first else lambda *_: None
+    run, config, test = make_run(o)
+    say(f"{run.steps:,} steps on {mesh().size} devices in {count} processes")
+    manager = checkpoints(o.checkpoint_dir) if o.checkpoint_dir else None
+    place = resume(manager, run, config, say) if o.resume else None
+    if take_steps(run, config, manager, place, o, say):
+        after = f"go on with: {o.again}" if manager else "nothing is saved"
+        say(f"stopped after step {len(run.losses):,}; {after}")
+        return 130
+    loss, accuracy = evaluate(run.model, test, run.ask)
+    say(f"test: loss {loss:.3f}, accuracy {accuracy:.2%}")
     if manager and first:
-        save_parameters(Path(folder) / "model.npz", run.model, run.history)
+        file = Path(o.checkpoint_dir) / "model.npz"
+        save_parameters(file, run.model, run.history)
     return 0
 
 
@@ -6494,13 +6548,15 @@ def train_command(o):
 
 # %%
 def command(arguments):
-    """Run a command line. Returns an exit status, or a sentence that says what is wrong."""
+    """Run a command line. Returns an exit status, or a sentence about what is wrong."""
     options = read_options(arguments)
     keep_memory()
     try:
         return train_command(options)
     except FloatingPointError as error:
         return f"{error}: try a smaller --lr"
+    except jax.errors.JaxRuntimeError as error:  # another process has gone, say
+        return str(error).splitlines()[0]
     except (OSError, ValueError) as error:
         return str(error)
     except KeyboardInterrupt:
