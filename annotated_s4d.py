@@ -317,7 +317,7 @@ def hero():
     below, both = fig.add_subplot(grid[1, :]), ten_completed()
     below.imshow(np.vstack([strip(levels) for levels in both]))  # (18, 90)
     below.axhline(12.5, color=ORANGE, lw=1)
-    title = "test digits (above), and what a model draws below the line when given the rest"
+    title = "test digits, and under each what a model draws below the line"
     below.set(xticks=[], yticks=[], title=title)
     return fig
 
