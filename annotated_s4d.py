@@ -2187,14 +2187,15 @@ def masked(y, lengths):
 # Now the layer. Calling it is Parts 4 and 6, stepping it is Part 3, and advancing it is
 # the pair of formulas above. Nothing is cached: each method reads the parameters, so
 # that an update can leave nothing stale behind, and gradients flow through all of them.
+# (`convolve` has a name of its own because Appendix D needs another one where a batch is
+# spread over several devices.)
 
 # %%
 class S4D(DiagonalSSM):
     """H diagonal SSMs and a mixing map. u and y (batch, L, H), x (batch, H, N/2).
 
     Options: those of DiagonalSSM; dropout in [0, 1); final_act "glu", "gelu", "relu",
-    "id" (no activation) or None (no mixing map).
-    """
+    "id" (no activation) or None (no mixing map)."""
 
     convolve = staticmethod(causal_conv)
 
@@ -2339,8 +2340,7 @@ class S4DBlock(nnx.Module):
     def __init__(self, d_model, d_state=64, *, kernel="s4d", expand=2, dropout=0.0,
                  rngs, **options):
         require_choice("kernel", kernel, tuple(LAYERS))
-        alone = not options.get("transposed")
-        require(alone, "transposed sequences in a block", "in a layer alone")
+        require(not options.get("transposed"), "a block, transposed", "a layer alone")
         require_count("expand", expand)
         layer = functools.partial(LAYERS[kernel], d_model, d_state, rngs=rngs)
         self.ssm = layer(dropout=dropout, **options)
@@ -3605,7 +3605,7 @@ if RUN:
 # completion is one we can ask the classifier.
 
 # %%
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def completed(index, given, temperature, seed, n=14):
     """Complete a test digit n times from so many rows. Levels (n, 64)."""
     model, _, (_, levels) = trained_generator()
@@ -6499,7 +6499,7 @@ def report(run, file, say):
 
 # %%
 def take_steps(run, config, manager, place, o, say):
-    """Take the steps that are left, or as many as until a signal. Returns if it came."""
+    """Take the steps that are left, until a signal if one comes. Returns if it came."""
     start = time.time() - (run.seconds[-1] if run.seconds else 0)
     with stop_noted() as notes:
         for ended in run_training(run, place):
