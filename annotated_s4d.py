@@ -3500,7 +3500,7 @@ def tempered(scores, temperature, top_p):
 
 
 # %% [markdown]
-# Turn the knobs on one answer, the model's for a pixel in the middle of a test digit:
+# Turn the knobs on one answer, the model's for pixel 19 of the first test digit:
 
 # %%
 @figure(temperature=(0.0, 2.0), top_p=(0.05, 1.0))
@@ -4958,6 +4958,8 @@ def panel(ax, height):
     width, depth = np.ptp(ax.get_xlim()), np.ptp(ax.get_ylim())
     free = ax.get_aspect() == "auto"
     shape = f"height: {height:.0f}px" if free else f"aspect-ratio: {width / depth:.3f}"
+    strip = not free and width > 2 * depth  # on a phone as wide as the screen
+    shape += "; max-width: none" if strip else ""
     named = [v for v in ax.lines if ax.get_legend() and v.get_label()[0] != "_"]
     swatch = '<span><i style="background: {}"></i>{}</span>'.format
     legend = "".join(swatch(tone(v), plain(v.get_label())) for v in named)

@@ -355,6 +355,10 @@ def test_recorded_generator_gives_the_printed_bits():
     ours = bits.pop("all pixels before: S4D")
     assert ours == pytest.approx(loss / math.log(2), abs=1e-4)
     assert ours < min(bits.values())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    size = sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    for number in (f"{size:,}", f"{ours:.2f} bits", f"needs {min(bits.values()):.2f}."):
+        assert number in readme, number
     notebook = (ROOT / "notebooks" / "annotated_s4d.ipynb").read_text(encoding="utf-8")
     if "all pixels before: S4D" not in notebook:
         pytest.skip("the notebook is of an older edition: python notebooks/build.py")
