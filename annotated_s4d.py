@@ -3389,9 +3389,9 @@ if RUN:
 # ### Bits per pixel
 #
 # How good is it? The base-2 logarithm of a probability has a meaning: an image of which
-# the model says $p$ can be stored in $-\log_2 p$ bits, up to one, by a code made of the
-# model's answers. Fewer bits, better guesses. Seventeen equally likely levels take
-# $\log_2 17 = 4.09$ bits per pixel.
+# the model says $p$ can be stored in $-\log_2 p$ bits and at most two more, by a code
+# made of the model's answers. Fewer bits, better guesses. Seventeen equally likely
+# levels take $\log_2 17 = 4.09$ bits per pixel.
 #
 # A number needs a neighbour. So let us count, too. The simplest model is the histogram
 # of each pixel over the training images, which knows where ink tends to be. Others look
@@ -3479,8 +3479,8 @@ def bits_by_pixel():
 #
 # The **temperature** $T$ divides the scores. Below 1 it makes the likely levels more
 # likely, and at 0 the likeliest is certain (*greedy*). Above 1 it evens them out. The
-# **nucleus** cuts off the tail, which one model in many steps would draw from sooner or
-# later: of the levels in the order of their probability it keeps the first whose sum
+# **nucleus** cuts off the tail, from which sooner or later one of so many draws would
+# come: of the levels in the order of their probability it keeps the first whose sum
 # reaches `top_p` (Holtzman et al., 2019). What remains is made to sum to one.
 
 # %%
@@ -3666,9 +3666,9 @@ if RUN:
 
 
 # %% [markdown]
-# So the drawn halves carry a good part of what the true ones do, and the lower the
-# temperature the more; not all, because some halves do not tell their digit, and
-# because the classifier has never learned from drawn images.
+# So the drawn halves carry a good part of what the true ones do, and more at low
+# temperatures; not all, because some halves do not tell their digit, and because the
+# classifier has never learned from drawn images.
 #
 # The first picture of this page shows a digit of each class, completed from its upper
 # half, in strips of digits side by side.
