@@ -2840,16 +2840,15 @@ def nudged(images, rng):
 # %%
 def progress(feed, steps, losses):
     """Pass on each batch, with a bar on a terminal. losses has one for each step."""
-    terminal, done, start = rich.console.Console(stderr=True), len(losses), time.time()
+    terminal = rich.console.Console(stderr=True)
     columns = [*rich.progress.Progress.get_default_columns(), "{task.fields[pace]}"]
     hidden = not terminal.is_terminal or jax.process_index() > 0
     with rich.progress.Progress(
             *columns, console=terminal, transient=True, disable=hidden) as bar:
-        task = bar.add_task("training", total=steps, completed=done, pace="")
+        task = bar.add_task("training", total=steps, completed=len(losses), pace="")
         for batch in feed:
             yield batch
-            rate = (len(losses) - done) / (time.time() - start)
-            pace = f"{rate:.1f} steps/s, loss {losses[-1]:.3f}"
+            pace = f"{bar.tasks[0].speed or 0:.1f} steps/s, loss {losses[-1]:.3f}"
             bar.update(task, completed=len(losses), pace=pace)
 
 
@@ -6152,8 +6151,9 @@ def put_arrays(run, arrays):
 
 
 # %% [markdown]
-# The rest is the *place*: the state of the generator, and what has been printed so far.
-# A checksum over everything will tell whether what is read is what was written.
+# The rest is the *place*: the state of the generator that shuffles and nudges, and the
+# history. A checksum over everything will tell whether what is read is what was
+# written.
 
 # %%
 def checksum(arrays, place=None):
@@ -6228,8 +6228,7 @@ def load(manager, step):
 
 # %% [markdown]
 # A disk can spoil what was written well, and a user can name the wrong folder. So a
-# checkpoint that is damaged, or that belongs to another run, is refused, and with a
-# reason.
+# checkpoint is refused, with the reason, if it is damaged or belongs to another run:
 
 # %%
 def refusal(arrays, place, run, config):
@@ -6471,25 +6470,34 @@ def make_run(o):
 
 
 # %% [markdown]
-# After each epoch a line is printed, and the metrics are written: all epochs anew, into
-# a second file that then takes the place of the first. So they are complete and without
-# repetition after any break.
+# After each epoch a line says how it went.
+
+# %%
+def report(run, say):
+    """Say how the last epoch went, and how long the rest will take at its rate."""
+    rows = [(0, 0), *zip(run.history, run.seconds)]
+    (step, loss, validation, accuracy), seconds = rows[-1]
+    before, then = rows[-2][0] and rows[-2][0][0], rows[-2][1]
+    rate = (step - before) / (seconds - then)
+    say(f"epoch {len(rows) - 1} of {run.epochs}   step {step:,}   loss {loss:.3f}   "
+        f"validation {validation:.3f}, {accuracy:.2%}   {rate:.1f} steps/s   "
+        f"{(run.steps - step) / rate:,.0f} s left")
+
+
+# %% [markdown]
+# The metrics are written as a whole, the epochs before a break included, into a second
+# file that then takes the place of the first. So they are always complete, and without
+# repetition.
 
 # %%
 METRICS = "epoch step loss validation_loss validation_accuracy seconds".split()
 
 
-def report(run, file, say):
-    """Say how the last epoch went; write a line of JSON for each epoch to a file."""
-    rows = [(*row, seconds) for row, seconds in zip(run.history, run.seconds)]
-    step, loss, validation, accuracy, seconds = rows[-1]
-    before, *_, then = rows[-2] if len(rows) > 1 else (0, 0)
-    rate = (step - before) / (seconds - then)
-    say(f"epoch {len(rows)} of {run.epochs}   step {step:,}   loss {loss:.3f}   "
-        f"validation {validation:.3f}, {accuracy:.2%}   {rate:.1f} steps/s   "
-        f"{(run.steps - step) / rate:,.0f} s left")
+def write_metrics(run, file):
+    """Write a line of JSON for each epoch to a file, if there is one."""
     if file and jax.process_index() == 0:
-        lines = (dict(zip(METRICS, (i, *row))) for i, row in enumerate(rows, 1))
+        rows = zip(range(1, len(run.history) + 1), run.history, run.seconds)
+        lines = (dict(zip(METRICS, (i, *row, seconds))) for i, row, seconds in rows)
         part = Path(f"{file}.part")
         part.write_text("".join(json.dumps(line) + "\n" for line in lines))
         part.replace(file)
@@ -6501,7 +6509,7 @@ def report(run, file, say):
 
 # %%
 def take_steps(run, config, manager, place, o, say):
-    """Take the steps that are left, until a signal if one comes. Returns if it came."""
+    """Take the steps that are left, but stop at a signal. Returns whether it came."""
     start = time.time() - (run.seconds[-1] if run.seconds else 0)
     with stop_noted() as notes:
         for ended in run_training(run, place):
@@ -6511,7 +6519,8 @@ def take_steps(run, config, manager, place, o, say):
             if manager and (ended or stop):
                 save(manager, run, config)
             if ended:
-                report(run, o.metrics, say)
+                report(run, say)
+                write_metrics(run, o.metrics)
             if stop:
                 return True
     return False
@@ -6532,6 +6541,7 @@ def train_command(o):
     say(f"{run.steps:,} steps on {mesh().size} devices in {count} processes")
     manager = checkpoints(o.checkpoint_dir) if o.checkpoint_dir else None
     place = resume(manager, run, config, say) if o.resume else None
+    write_metrics(run, o.metrics)  # those of a run that had no time to
     if take_steps(run, config, manager, place, o, say):
         after = f"go on with: {o.again}" if manager else "nothing is saved"
         say(f"stopped after step {len(run.losses):,}; {after}")
