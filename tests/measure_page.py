@@ -26,8 +26,9 @@ from tornado.websocket import websocket_connect
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from test_page import CAPTIONS, CHROMIUM, FLAGS, LIVE, SLOW, serve  # noqa: E402
+from test_page import CAPTIONS, CHROMIUM, FINE, FLAGS, LIVE, SLOW, serve  # noqa: E402
 
+MOVED = [pair for pair in LIVE if pair[0] not in SLOW and pair not in FINE]
 TITLE = """document.querySelector(".stMarkdown h1")
     && document.querySelectorAll("nav a").length > 30"""
 HEADINGS = "document.querySelectorAll('.stMarkdown h2').length > 10"
@@ -86,9 +87,8 @@ def move(tab, name, knob, right):
 
 def moves(tab, count, right=True):
     """Move every knob in turn, count moves in all. Yields the knob and the seconds."""
-    live = [pair for pair in LIVE if pair[0] not in SLOW]
     for i in range(count):
-        pair = live[i % len(live)]
+        pair = MOVED[i % len(MOVED)]
         yield pair, move(tab, *pair, right)
 
 
@@ -180,11 +180,11 @@ def measure(repeats, visitors, many):
         yield say("warm server: everything", "", f"{everything:.1f} s")
 
         tab, *_ = visit(browser, address)
-        list(moves(tab, 2 * (len(LIVE) - len(SLOW)), right=False))  # compile
+        list(moves(tab, 2 * len(MOVED), right=False))  # compile
         tab.context.close()
         tab, *_ = visit(browser, address)
         fresh = {}
-        for pair, seconds in moves(tab, repeats * (len(LIVE) - len(SLOW))):
+        for pair, seconds in moves(tab, repeats * len(MOVED)):
             fresh.setdefault(pair, []).append(seconds)
         each = {pair: middle(times) for pair, times in fresh.items()}
         slowest = max(each, key=each.get)

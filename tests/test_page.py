@@ -28,6 +28,10 @@ FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run
     --disable-background-networking --disable-component-update --disable-sync""".split()
 CAPTIONS = {name: s4d.caption(draw) for name, draw in s4d.FIGURES.items()}
 LIVE = [(name, knob) for name, draw in s4d.FIGURES.items() for knob in draw.knobs]
+FINE = {
+    ("next_level", "top_p"),
+    ("completions", "temperature"),
+}  # a step may do nothing
 SLOW = {"cost_against_length"}  # stops the time; its move takes many seconds
 
 
@@ -252,13 +256,19 @@ def figure_html(tab, name):
     return tab.get_by_role("img", name=CAPTIONS[name], exact=True).inner_html()
 
 
+AT_REST = """document.querySelector("[data-testid=stApp]")
+    .dataset.testScriptState === 'notRunning'"""
+
+
 def move(tab, name, knob):
-    """Move a knob a few steps by keyboard; wait for another figure."""
+    """Move a knob by keyboard, when the page is at rest; wait for another figure."""
+    tab.wait_for_function(AT_REST, timeout=30_000)
     before = figure_html(tab, name)
     slider = tab.locator(f".st-key-{name}-{knob} input")
     slider.focus()
     low, high, now = slider.evaluate("e => [e.min, e.max, e.value].map(Number)")
-    tab.keyboard.press("ArrowLeft" if now > (low + high) / 2 else "ArrowRight")
+    for _ in range(12 if (name, knob) in FINE else 1):
+        tab.keyboard.press("ArrowLeft" if now > (low + high) / 2 else "ArrowRight")
     tab.wait_for_function(
         """([alt, old]) => {
           const all = [...document.querySelectorAll(".drawing")];
