@@ -2916,7 +2916,8 @@ def run_training(run, place=None):
 def train(model, data, validation, *, epochs=40, watch=None, **options):
     """Train a classifier on (inputs, labels).
 
-    Options are batch_size=32, seed=0, augment=None, and the rates of make_optimizer.
+    Options are batch_size=32, seed=0, augment=None, whole=True (leave out what fills no
+    batch at the end, else the last batch is smaller) and the rates of make_optimizer.
     Returns a history with a row for each epoch: step, training loss, validation loss
     and accuracy. watch(history) is called after each row; what it raises ends it all.
     Raises ValueError for data that is not finite, FloatingPointError for such a loss.
@@ -4162,7 +4163,8 @@ def each_output(layer, take, x, v, *more):
 
 
 # %% [markdown]
-# And the layer:
+# The layer, last, has the four methods of Part 8, with `enter` before and `leave` after
+# each.
 
 # %%
 class GeneralS4D(Surrounded):
@@ -4240,12 +4242,6 @@ if RUN:
     seconds, firsts = call(coarse, smooth[:, ::2]), call(fine, smooth)[:, ::2]
     agree("every second sample", seconds, "all samples", firsts, 0.02)
 
-
-# %% [markdown]
-# *What stands: one layer with every option that the known implementations offer, under
-# the one contract. Exercise: `n_ssm=1` with `channels` equal to $H$ and a bottleneck of
-# $H$ is a single system with many outputs. Which of the two, that or $H$ systems with
-# one output each, has more parameters?*
 
 # %% [markdown]
 # ### Weights from elsewhere
@@ -4348,7 +4344,10 @@ if RUN:
 
 
 # %% [markdown]
-
+# *What stands: one layer with every option that the known implementations offer, under
+# the one contract, and weights from the authors' own. Exercise: `n_ssm=1` with
+# `channels` equal to $H$ and a bottleneck of $H$ is a single system with many outputs.
+# Which of the two, that or $H$ systems with one output each, has more parameters?*
 
 # %% [markdown]
 # ## Appendix B: What S4D left out: DSS and S4

@@ -1,5 +1,8 @@
-"""Independent answers in double precision: NumPy and SciPy, none of the article."""
+"""Independent answers in double precision: NumPy and SciPy, none of the article.
+And what several tests need: an input, an error, its limit.
+"""
 
+import jax.numpy as jnp
 import numpy as np
 from scipy.signal import lfilter
 
@@ -37,6 +40,11 @@ def kernel(A, B, C, dt, L, method="zoh"):
     u = np.zeros((*A.shape[:-1], L))
     u[..., 0] = 1
     return run(A, B, C, dt, u, method)[1]
+
+
+def noise(*shape, seed=0):
+    """A random input, the same each time, in the precision that JAX has just now."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
 
 
 def error(a, b):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from oracle import error, run
+from oracle import error, noise, run
 from scipy.special import erf
 
 import annotated_s4d as s4d
@@ -21,10 +21,6 @@ LENGTHS = [1, 2, 75, 1000]
 def random_complex(*shape, seed=0):
     rng = np.random.default_rng(seed)
     return rng.standard_normal(shape) + 1j * rng.standard_normal(shape)
-
-
-def noise(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
 
 
 def rounded(x64, *values):

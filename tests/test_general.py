@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from general_oracle import gelu, general, kernel, parameters, shapes, system
-from oracle import error
+from oracle import error, noise
 
 import annotated_s4d as s4d
 
@@ -18,10 +18,6 @@ def make(H=4, N=4, seed=0, **options):
     layer = s4d.GeneralS4D(H, N, rngs=nnx.Rngs(seed), **options)
     layer.eval()
     return layer
-
-
-def noise(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
 
 
 def scramble(layer, seed):

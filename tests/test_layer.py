@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import error, run, tolerance
+from oracle import error, noise, run, tolerance
 from scipy.special import erf
 
 import annotated_s4d as s4d
@@ -30,10 +30,6 @@ def make(H=3, N=8, seed=0, **options):
     layer = s4d.S4D(H, N, rngs=nnx.Rngs(seed), **options)
     layer.eval()
     return layer
-
-
-def noise(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
 
 
 def numpy_layer(layer, u, final_act="glu", x0=None):
