@@ -3493,7 +3493,8 @@ def bits_by_pixel():
     the left are. Right, by the model, which knows all pixels before."""
     bits, fig = all_bits(), Figure(figsize=(8, 2.9), layout="constrained")
     names = "its place", "the pixels above and to the left", "all pixels before: S4D"
-    titles, axes = ("its place", "above and left", "S4D, all before"), fig.subplots(1, 3)
+    titles = "its place", "above and left", "S4D, all before"
+    axes = fig.subplots(1, 3)
     for ax, name, title in zip(axes, names, titles):
         image = np.asarray(bits[name]).mean(0).reshape(8, 8)
         shown = ax.imshow(image, vmin=0, vmax=4)
