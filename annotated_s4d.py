@@ -5411,8 +5411,10 @@ def read_poles(text):
 
 # %% [markdown]
 # A figure is a *fragment*: when its knob moves, it alone runs again. The picture of the
-# defaults is in the notebook, any other is promised by the studio. What is not there in
-# a moment is looked for every half second.
+# defaults is in the notebook, any other is promised by the studio. After a move of the
+# knob the old picture stays until the new one is there, or until the knob moves again:
+# reading the session's state is where Streamlit lets that break in. A walk through the
+# whole page does not wait so long. It goes on, and looks again every half second.
 
 # %% tags=["page"]
 def play(studio, figure, recorded):
@@ -5429,6 +5431,8 @@ def play(studio, figure, recorded):
         return
     promise = studio.promise(name, values)
     wait([promise], timeout=0.4)
+    while not (promise.done() or st.session_state.walking):
+        wait([promise], timeout=0.1)
     if promise.done():
         st.html(f"<figure>{promise.result()}{below}</figure>")
     else:
@@ -5507,7 +5511,7 @@ def page():
     with st.sidebar:
         st.html(contents(headings))
         unfolded = st.toggle("show code", True, key="code", bind="query-params")
-    first = "notices" not in st.session_state
+    first, st.session_state.walking = "notices" not in st.session_state, True
     if first:
         shown = [item for _, items in parts for item in items]
         figures = [f for item in shown for f in item.get("figures", ())]
@@ -5524,6 +5528,7 @@ def page():
         if first and number == 0:
             time.sleep(0.4)  # the browser shows the first screen before the rest comes
     st.html(f"<script>{SCRIPT}</script>", unsafe_allow_javascript=True)
+    st.session_state.walking = False
     start(studio.article)
 
 
