@@ -3248,8 +3248,123 @@ if RUN:
 
 
 # %% [markdown]
-# *What stands: a trained classifier, and a way to train on what has no end. Exercise: for
-# which delays does the twin that throws its state away do as well?*
+# ### A million samples
+#
+# To truncate was a choice. The exact gradient fits into the same memory, if one pays
+# for it with time. What the way back needs of a chunk, all that its layers computed at
+# every sample, can be computed again from the state at its beginning. So on the way
+# forward keep the states between the chunks and forget what is inside. On the way back
+# take the last chunk first: run it once more from its state, find its gradient, and
+# hand the gradient of that state to the chunk before. This is *rematerialization*. For
+# chunks of $S$ samples, memory holds $L/S$ states and the inside of one chunk.
+#
+# `jax.checkpoint` marks what shall be forgotten and run again; `jax.lax.scan` is the
+# loop. Dropout's random stream travels with the state, so that each chunk has masks of
+# its own, and the same ones when it runs again.
+
+# %%
+def advance_in_chunks(model, x, u, size, lengths=None):
+    """Advance by chunks of `size` samples, which the gradient computes once more.
+
+    Arguments, results and gradient are those of model.advance for u (batch, L, ...).
+    Raises ValueError for a size that is not a positive integer.
+    """
+    require_count("size", size)
+    lengths, (batch, L, width) = check_sequence(u, u.shape[-1], lengths), u.shape
+    n = -(-L // size)  # chunks, the last filled up
+    u = jnp.pad(u, ((0, 0), (0, n * size - L), (0, 0)))
+    u = u.reshape(batch, n, size, width).swapaxes(0, 1)  # (n, batch, size, width)
+    own = jnp.clip(lengths - size * jnp.arange(n)[:, None], 0, size)  # (n, batch)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.checkpoint
+    def chunk(carry, part):
+        x, rest = carry
+        model = nnx.merge(graph, params, rest)
+        x, y = model.advance(x, *part)
+        return (x, nnx.state(model, nnx.Not(nnx.Param))), y
+
+    (x, rest), y = jax.lax.scan(chunk, (x, rest), (u, own))
+    nnx.update(model, rest)
+    return x, y.swapaxes(0, 1).reshape(batch, n * size, -1)[:, :L]
+
+
+# %% [markdown]
+# A loss on the answers, over the whole sequence, has then a gradient over the whole
+# sequence, with or without chunks:
+
+# %%
+@functools.partial(nnx.jit, static_argnames="size")
+def exact_gradient(model, u, target, size=None):
+    """Mean squared error on u (batch, L, d_input) from rest, and its gradient; by
+    chunks of `size` samples, or at once. Raises ValueError if a shape does not fit."""
+
+    def loss(model):
+        if size is None:
+            y = model(u)
+        else:
+            _, y = advance_in_chunks(model, model.init_state(len(u)), u, size)
+        require(y.shape == target.shape, f"target has shape {target.shape}", y.shape)
+        return jnp.mean((y - target) ** 2)
+
+    return nnx.value_and_grad(loss)(model)
+
+
+# %% [markdown]
+# On the first samples of the echo both must agree. The chunks of 300 are shorter than
+# the delay of 600, so the truncated gradient would be another one. Then all the
+# samples of a long echo, in one gradient.
+
+# %%
+if RUN:
+    u, target = (np.concatenate(parts, 1) for parts in zip(*echoes(2**20)))
+    first = u[:, :4000], target[:, :4000]
+    both = exact_gradient(learner, *first, size=300), exact_gradient(learner, *first)
+    flat = [np.concatenate([g.ravel() for g in jax.tree.leaves(r)]) for r in both]
+    agree("loss and gradient by chunks of 300", flat[0], "at once", flat[1])
+    start = time.perf_counter()
+    jax.block_until_ready(exact_gradient(learner, u, target, size=4096))
+    seconds = time.perf_counter() - start
+    print(f"a gradient through {u.shape[1]:,} samples: {seconds:.0f} seconds")
+
+
+# %% [markdown]
+# What it costs, measured by `python tests/measure_lengths.py` and recorded in
+# `assets/lengths.json`: one gradient of a model of two blocks with 16 channels, in three
+# ways. The parallel scan keeps every state, and ends first.
+
+# %%
+def measurements(name):
+    """Read what a script in tests/ recorded in NAME.json. {} if it is not here."""
+    here = Path(globals().get("__file__", "annotated_s4d.py")).parent
+    for path in (here / f"{name}.json", here / "assets" / f"{name}.json"):
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+    return {}
+
+
+@figure()
+def time_and_memory():
+    """One gradient of a small model against the length of its sequence: seconds, and
+    megabytes beside the data and parameters. By convolution at once, by convolution in
+    chunks of 4,096 samples, and by parallel scan, as far as 8 GB of memory go."""
+    fig, axes = canvas(1, 2, 3.2)
+    ways = measurements("lengths").get("ways", {"no lengths.json here": []})
+    for ax, key in zip(axes, ("seconds", "megabytes")):
+        for way, points in ways.items():
+            taken = [(point["L"], point[key]) for point in points if key in point]
+            ax.loglog(*np.array(taken).reshape(-1, 2).T, "o-", ms=4, label=way)
+        ax.set(xlabel="length $L$", title=key, xlim=(700, 2**21))
+        ticks = {2**10: "1,024", 2**15: "32,768", 2**20: "1,048,576"}
+        ax.set(xticks=list(ticks), xticklabels=ticks.values())
+        ax.minorticks_off()
+        ax.legend(fontsize=9)
+    return fig
+
+
+# %% [markdown]
+# *What stands: a trained classifier, and two ways to train on what does not fit. Exercise:
+# for which delays does the twin that throws its state away do as well?*
 
 # %% [markdown]
 # ## Part 12: Streaming and generating
@@ -4879,12 +4994,8 @@ def legs_error(kernel, N=64, L=4000, dt=0.001):
 
 # %%
 def kernel_accuracies():
-    """Read what tests/measure_kernels.py recorded. {} if its file is not here."""
-    here = Path(globals().get("__file__", "annotated_s4d.py")).parent
-    for path in (here / "kernels.json", here / "assets" / "kernels.json"):
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
-    return {}
+    """What tests/measure_kernels.py recorded. {} if its file is not here."""
+    return measurements("kernels")
 
 
 # %% [markdown]

@@ -1,7 +1,11 @@
 """Part 11: training on a stream, chunk by chunk."""
 
+import functools
+import json
+
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import optax
 import pytest
@@ -161,3 +165,126 @@ def test_refusals():
         s4d.train_on_stream(model, frozen, [(u, target[..., 0])])
     with pytest.raises(FloatingPointError, match="at chunk 2"):
         s4d.train_on_stream(model, frozen, [(u, target), (u, target * np.nan)])
+
+
+# -- the exact gradient, by chunks ----------------------------------------------------
+
+
+@functools.partial(nnx.jit, static_argnames="size")
+def answers(model, x, u, lengths, weights, size):
+    """Answers, last state, and the gradient of a weighted sum for model and state."""
+
+    def loss(model, stack):  # the state of the pooling counts, in integers
+        state = x | {"stack": stack}
+        if size is None:
+            state, y = model.advance(state, u, lengths)
+        else:
+            state, y = s4d.advance_in_chunks(model, state, u, size, lengths)
+        return (weights * y).sum(), (y, state)
+
+    return nnx.value_and_grad(loss, argnums=(0, 1), has_aux=True)(model, x["stack"])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(pooling="mean", discretization="bilinear")]
+)
+def test_chunks_are_the_whole(options):
+    """Outputs, state and gradient, from a state, for rows of different lengths."""
+    model, rng = tiny(**options), np.random.default_rng(0)
+    u, weights = rng.standard_normal((2, 3, 50, 1)).astype(np.float32)
+    x, _ = s4d.advance(model, model.init_state(3), u[:, :9])
+    arguments = x, u, jnp.array([50, 16, 3]), weights
+    results = (answers(model, *arguments, size=size) for size in (16, None))
+    for a, b in zip(*map(jax.tree.leaves, results)):
+        assert jnp.abs(b).max() > 0 and error(a, b) < 1e-5
+
+
+def test_chunks_in_double_precision():
+    with jax.enable_x64(True):
+        model = tiny()
+        u, target = np.random.default_rng(0).standard_normal((2, 2, 30, 1))
+        results = (s4d.exact_gradient(model, u, target, size=n) for n in (7, None))
+        for a, b in zip(*map(jax.tree.leaves, results)):
+            assert a.dtype == jnp.float64 and error(a, b) < 1e-10
+
+
+def test_each_chunk_has_dropout_masks_of_its_own():
+    """And the same ones when it is computed again: as a loop that forgets nothing."""
+    (u, target), *_ = chunks((16,))
+
+    @nnx.jit
+    @nnx.value_and_grad
+    def loop(model):
+        x, ys = model.init_state(2), []
+        for i in (0, 8):
+            x, y = model.advance(x, u[:, i : i + 8])
+            ys.append(y)
+        return jnp.mean((jnp.concatenate(ys, 1) - target) ** 2)
+
+    ours, theirs = tiny(dropout=0.5), tiny(dropout=0.5)
+    for _ in range(2):  # the random stream goes on
+        results = s4d.exact_gradient(ours, u, target, size=8), loop(theirs)
+        for a, b in zip(*map(jax.tree.leaves, results)):
+            assert error(a, b) < 1e-5
+    ours, theirs = (nnx.state(m, nnx.RngCount) for m in (ours, theirs))
+    assert jax.tree.leaves(ours) == jax.tree.leaves(theirs)
+
+
+def test_memory_is_that_of_a_chunk():
+    """What XLA plans for a gradient: of the whole length are a few numbers a sample."""
+    graph, params = nnx.split(tiny())
+
+    def planned(L, size):
+        def gradient(params, u):
+            return s4d.exact_gradient(nnx.merge(graph, params), u, u, size=size)
+
+        program = jax.jit(gradient).lower(params, jnp.zeros((1, L, 1))).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    short, long, whole = (
+        planned(2**10, 2**8),
+        planned(2**14, 2**8),
+        planned(2**14, None),
+    )
+    assert long < short + 8 * 4 * 2**14  # a few numbers a sample, as the data
+    assert long < whole / 4
+
+
+def test_refusals_of_chunks():
+    model, ((u, target), *_) = tiny(), chunks()
+    for size in (0, 2.5):
+        with pytest.raises(ValueError, match=f"size is {size}; allowed: positive"):
+            s4d.advance_in_chunks(model, model.init_state(2), u, size)
+    with pytest.raises(ValueError, match=r"u has shape \(2, 7\)"):
+        s4d.advance_in_chunks(model, model.init_state(2), u[..., 0], 4)
+    with pytest.raises(ValueError, match=r"shape \(2, 7\); allowed: \(2, 7, 1\)"):
+        s4d.exact_gradient(model, u, target[..., 0], size=4)
+
+
+# -- the picture of what it costs -----------------------------------------------------
+
+
+def test_the_picture_needs_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(s4d, "__file__", str(tmp_path / "annotated_s4d.py"))
+    with matplotlib.rc_context(s4d.LOOK):
+        assert "no lengths.json here" in s4d.drawing(s4d.time_and_memory(), "caption")
+        points = [
+            dict(L=2**10, seconds=1, megabytes=2),
+            dict(L=2**20, left_out="large"),
+        ]
+        recorded = {"ways": {"one": points, "none": points[1:]}}
+        (tmp_path / "lengths.json").write_text(json.dumps(recorded))
+        seconds, _ = s4d.time_and_memory().axes
+    assert [line.get_xdata().tolist() for line in seconds.lines] == [[2**10], []]
+
+
+def test_a_million_samples_were_measured():
+    """What the article says of the record."""
+    ways = s4d.measurements("lengths")["ways"]
+    last = {way: [p["L"] for p in ps if "seconds" in p][-1] for way, ps in ways.items()}
+    assert last["in chunks"] == 2**20 and last["parallel scan"] < last["at once"]
+    chunks, whole = (
+        {p["L"]: p.get("megabytes") for p in ways[way]}
+        for way in ("in chunks", "at once")
+    )
+    assert chunks[2**20] < 100 < 10 * chunks[2**20] < whole[2**20]
