@@ -6204,9 +6204,9 @@ def load_mnist(folder=None):
 
 # %%
 @functools.cache
-def mesh():
-    """All devices of all processes, along one axis named "batch"."""
-    return jax.sharding.Mesh(jax.devices(), "batch")
+def mesh(axis="batch"):
+    """All devices of all processes, along one axis."""
+    return jax.sharding.Mesh(jax.devices(), axis)
 
 
 def placed(array, *axes):
@@ -6262,6 +6262,79 @@ class DeviceRun(TrainingRun):
         """The scores of all rows, in every process."""
         scores = call(model, divided(u))
         return multihost_utils.process_allgather(scores, tiled=True)[: len(u)]
+
+
+# %% [markdown]
+# ### One sequence on several devices
+#
+# The rows of a batch do not know each other. The samples of a row do, but only through
+# the state. So a long sequence can be divided, too: of $P$ devices, each takes a chunk
+# of $S = L/P$ samples. All run theirs from rest at the same time, and device $c$ ends in
+# a state $e_c$. These *ends* are sent round. What was the state $x_d$ at the beginning
+# of chunk $d$? The ends of the chunks before, each faded for as many chunks as lie
+# between:
+#
+# $$
+# x_d = \sum_{c < d} \big( \bar A^{\,S} \big)^{d - 1 - c} \, e_c .
+# $$
+#
+# From there `s4d_advance` gives the outputs. The devices exchange $N/2$ complex numbers
+# a channel, however long the sequence. (Of `s4d_advance` only the outputs are used, and
+# the compiler leaves out the rest.)
+
+# %%
+def share_of_time(A, B, C, dt, u, method="zoh"):
+    """Outputs for u (batch, H, S), this device's chunk on the axis "time"."""
+    S, rest = u.shape[-1], jnp.zeros((len(u), *A.shape), A.dtype)
+    whole = jnp.full(len(u), S)
+    end = state_after(A, B, dt, rest, u, whole, method)
+    ends = jax.lax.all_gather(end, "time", axis=-1)  # (batch, H, N/2, P)
+    between = jax.lax.axis_index("time") - 1 - jnp.arange(ends.shape[-1])  # (P,)
+    faded = pole_powers(A, dt, S * jnp.maximum(between, 0), method)  # (H, N/2, P)
+    x = jnp.where(between < 0, 0, faded * ends).sum(-1)
+    _, y = s4d_advance(A, B, C, dt, x, u, whole, method)
+    return y
+
+
+# %% [markdown]
+# `shard_map` hands each device its chunk. All else in a model works on single samples,
+# and there the compiler follows this division by itself. A layer that calls it is an
+# S4D layer in all other respects, its parameters included.
+
+# %%
+class SplitS4D(S4D):
+    """S4D whose call divides the sequence, not the batch, among all devices."""
+
+    def __call__(self, u, lengths=None):
+        lengths, L = check_sequence(u, len(self.D), lengths), u.shape[1]
+        v = jnp.pad(u.swapaxes(1, 2), ((0, 0), (0, 0), (0, -L % mesh("time").size)))
+        here, copy = jax.P(None, None, "time"), jax.P()  # (batch, H, S); a copy for all
+        split = dict(mesh=mesh("time"), in_specs=(*[copy] * 4, here), out_specs=here)
+        share = functools.partial(share_of_time, method=self.method)
+        y = jax.shard_map(share, **split)(*self.system(), v)[..., :L].swapaxes(1, 2)
+        return masked(self.mixer(y + self.D[...] * u), lengths)
+
+
+LAYERS["split"] = SplitS4D
+
+# %% [markdown]
+# One device can play the part of eight: to `vmap` an axis with a name is the same
+# thing. (`tests/test_devices.py` compares a model on eight devices with itself on one,
+# gradients included.) What it saves can be read from the compiler's plan for a model's
+# gradient, recorded in `assets/lengths.json`.
+
+# %%
+if RUN:
+    v = jax.random.normal(jax.random.key(0), (2, 4, 800))
+    A, B, C, dt = S4D(4, 16, rngs=nnx.Rngs(0)).system()
+    axes = dict(in_axes=(None,) * 4 + (2,), out_axes=2, axis_name="time")
+    y = jax.vmap(share_of_time, **axes)(A, B, C, dt, v.reshape(2, 4, 8, 100))
+    whole = causal_conv(v, s4d_kernel(A, B, C, dt, 800))
+    agree("in eight parts", y.reshape(2, 4, 800), "at once", whole)
+    for plan in measurements("lengths").get("divided", []):
+        megabytes = plan["planned_megabytes"]["split"]
+        print(f"{plan['devices']} devices: {megabytes:4.0f} MB on each", end="   ")
+    print()
 
 
 # %% [markdown]
