@@ -234,6 +234,29 @@ def generation(turns, H=256, N=64, layers=4, steps=256):
         yield from rows(what, forms, turns, 1e6 / steps, "µs")
 
 
+def prefix(turns, H=64, N=64, L=16384):
+    """A prefix through a layer: the answers alone, and with the state after it."""
+    layer = s4d.S4D(H, N, rngs=nnx.Rngs(0))
+    u, x = jnp.ones((1, L, H)), layer.init_state(1)
+    forms = {
+        "called": blocked(s4d.call, layer, u),
+        "advanced": blocked(s4d.advance, layer, x, u),
+    }
+    yield from rows(f"a prefix of {L:,}, H = {H}, N = {N}", forms, turns)
+
+
+def sampling(turns, steps=512):
+    """Levels that the article's generator draws, one after the other, compiled."""
+    model = s4d.generator_model()
+    model.eval()
+    for batch in (1, 16):
+        start = np.zeros((batch, 0), int)
+        draw = blocked(s4d.generate, model, start, steps, jax.random.key(0))
+        seconds, spread = take_turns({"": draw}, turns)[""]
+        rate = f"{batch * steps / seconds:,.0f} levels/s ± {spread:.0%}"
+        yield f"generate {steps} levels, batch {batch}", "ours", rate, ""
+
+
 def limits(turns):
     """What this machine can do."""
     a, b = jnp.ones((2048, 2048)), jnp.ones((4096, 1024))
@@ -269,7 +292,9 @@ def main():
         kernels(4096, few),
         memory(),
         training(few),
+        prefix(options.turns),
         generation(options.turns),
+        sampling(few),
     ):
         for what, form, measured, ratio in part:
             print(f"{what:42s} {form:18s} {measured:>18s} {ratio:>10s}", flush=True)
