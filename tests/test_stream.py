@@ -278,13 +278,16 @@ def test_the_picture_needs_no_file(tmp_path, monkeypatch):
     assert [line.get_xdata().tolist() for line in seconds.lines] == [[2**10], []]
 
 
-def test_a_million_samples_were_measured():
-    """What the article says of the record."""
+def test_what_the_article_says_of_its_measurements():
     ways = s4d.measurements("lengths")["ways"]
-    last = {way: [p["L"] for p in ps if "seconds" in p][-1] for way, ps in ways.items()}
-    assert last["in chunks"] == 2**20 and last["parallel scan"] < last["at once"]
-    chunks, whole = (
-        {p["L"]: p.get("megabytes") for p in ways[way]}
-        for way in ("in chunks", "at once")
+    once, chunks, scan = (
+        {point["L"]: point for point in ways[way] if "seconds" in point}
+        for way in ("at once", "in chunks", "parallel scan")
     )
-    assert chunks[2**20] < 100 < 10 * chunks[2**20] < whole[2**20]
+    assert max(once) == max(chunks) == 2**20 > max(scan)
+    assert chunks[2**20]["megabytes"] < 1.2 * chunks[2**12]["megabytes"]
+    for L in (2**14, 2**16, 2**18, 2**20):
+        faster = chunks[L]["seconds"] < once[L]["seconds"]
+        assert faster == (L > 2**16)
+    for short, long in zip((2**14, 2**16, 2**18), (2**16, 2**18, 2**20)):
+        assert 3 < once[long]["megabytes"] / once[short]["megabytes"] < 5
