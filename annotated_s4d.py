@@ -3348,9 +3348,10 @@ def measurements(name):
 # The parallel scan keeps every state, 32 complex numbers a channel and sample, and is the
 # first that has to stop. The convolution at once keeps no states, but all else at every
 # sample, and its memory grows in step with the length. The chunks' memory stays where it
-# was at one chunk. Their price is a second way forward: up to 65,536 samples they are
-# the slower ones. Beyond, they win in time as well. The likely reason is that a chunk's
-# arrays stay in the processor's cache, where those of a long transform do not fit.
+# was at one chunk. Their price is a second way forward: at 16,384 samples they are the
+# slower ones. From 262,144 on they win in time as well. The likely reason is that a
+# chunk's arrays stay in the processor's cache, where those of a long transform do not
+# fit.
 
 # %%
 @figure()
