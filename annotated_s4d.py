@@ -3622,9 +3622,8 @@ def bits_by_pixel():
     axes = fig.subplots(1, 3)
     for ax, name, title in zip(axes, names, titles):
         image = np.asarray(bits[name]).mean(0).reshape(8, 8)
-        shown = ax.imshow(image, vmin=0, vmax=4)
-        ax.set(xticks=[], yticks=[], title=f"{title}: {image.mean():.2f}")
-    fig.colorbar(shown, ax=axes, label="bits", shrink=0.8)
+        ax.imshow(image, vmin=0, vmax=4)
+        ax.set(xticks=[], yticks=[], title=f"{title}: {image.mean():.2f} bits")
     return fig
 
 
