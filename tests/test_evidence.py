@@ -1,0 +1,452 @@
+"""Part 13: its experiments in miniature, its record, and what it says about both."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import measure_evidence as m
+import numpy as np
+import pytest
+import scipy.stats
+from flax import nnx
+
+import annotated_s4d as s4d
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "annotated_s4d.py").read_text(encoding="utf-8")
+PART = TEXT[TEXT.index("# ## Part 13") : TEXT.index("# ## Closing")]
+WORDS = " ".join(re.sub(r"^# ?", "", PART, flags=re.M).split())
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECORD = json.loads((ROOT / "assets" / "evidence.json").read_text())
+
+
+def values(experiment, group, variant, key="test"):
+    return np.array([run[key] for run in RECORD[experiment][group][variant]])
+
+
+def mean(*path, key="test"):
+    return values(*path, key=key).mean()
+
+
+def apart(one, other):
+    """The rule of Part 13, by SciPy: the statistic of Welch's test is two or more."""
+    with np.errstate(all="ignore"):
+        return abs(scipy.stats.ttest_ind(one, other, equal_var=False).statistic) >= 2
+
+
+# -- the experiments, tiny ------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Small digits, a small model, ten steps."""
+    rng = np.random.default_rng(0)
+    part = rng.normal(size=(40, 16, 1)).astype(np.float32), np.arange(40) % 10
+    monkeypatch.setattr(m, "load", lambda task, folder=None: [part] * 3)
+    monkeypatch.setitem(m.SIZES, "digits", (4, 4, 1))
+    schedule = dict(epochs=1, batch_size=4, lr=1e-2)
+    monkeypatch.setitem(m.SCHEDULE, "digits", schedule)
+    return part
+
+
+def test_what_is_frozen_stays_and_the_rest_moves(tiny):
+    frozen = m.ABLATIONS["A frozen"]["frozen"]
+    model, result = m.train_variant("digits", None, 0, frozen)
+    start = s4d.digit_model(0, 4, 4, 1, kernel="general")
+    before, after = (
+        dict(nnx.to_flat_state(nnx.state(v, nnx.Param))) for v in (start, model)
+    )
+    for path, p in before.items():
+        same = bool((p[...] == after[path][...]).all())
+        assert same == (path[-1] in frozen), path
+    assert set(result) == {"seed", "seconds", "validation", "test"}
+
+
+def test_variants_are_what_they_are_called():
+    layers = {
+        name: s4d.GeneralS4D(
+            4, 8, rngs=nnx.Rngs(0), **{k: v for k, v in o.items() if k != "frozen"}
+        )
+        for name, o in m.ABLATIONS.items()
+    }
+    assert layers["bilinear"].method == "bilinear"
+    base = s4d.GeneralS4D(4, 8, rngs=nnx.Rngs(0)).system()
+    for name in ("softplus", "relu", "none"):  # the same system, stored differently
+        assert layers[name].decay is s4d.POSITIVE[name][0]
+        for ours, theirs in zip(layers[name].system(), base):
+            assert np.allclose(ours, theirs, rtol=1e-5)
+    for name, factor in {"dt / 10": 0.1, "dt * 10": 10}.items():
+        assert np.allclose(layers[name].system()[3], factor * base[3], rtol=1e-5)
+    for options in m.ABLATIONS.values():
+        assert set(options.get("frozen", ())) <= set(s4d.SSM_PARAMETERS)
+
+
+def test_half_the_resolution_is_the_mean_of_four():
+    u = np.random.default_rng(0).normal(size=(3, 784, 1))
+    image, half = u[1, :, 0].reshape(28, 28), m.quartered(u)[1, :, 0].reshape(14, 14)
+    assert half[5, 9] == pytest.approx(image[10:12, 18:20].mean())
+    assert m.quartered(u).shape == (3, 196, 1)
+
+
+def test_the_other_rate_is_that_of_a_layer_made_so(tiny):
+    make = [
+        s4d.S4DModel(1, 10, 4, 4, 2, kernel="general", rate=r, rngs=nnx.Rngs(0))
+        for r in (1.0, 2.0)
+    ]
+    changed = m.set_rate(make[0], 2.0)
+    u = tiny[0][:2]
+    assert (s4d.call(changed, u) == s4d.call(make[1], u)).all()
+    assert not np.allclose(s4d.call(changed, u), s4d.call(make[0], u))
+
+
+def test_every_second_pixel_is_read_at_two_rates(tiny):
+    model = s4d.digit_model(0, 4, 4, 1, kernel="general")
+    result = m.every_second(model, tiny)
+    for name, rate in {"rate 1": 1.0, "rate 2": 2.0}.items():
+        view = nnx.view(m.set_rate(model, rate), deterministic=True)
+        right = s4d.call(view, tiny[0][:, ::2]).argmax(-1) == tiny[1]
+        assert result[name] == pytest.approx(float(right.mean()))
+
+
+def test_fitted_is_the_formula_of_the_page_for_lin():
+    """A bump of width 16 without its harmonics from 32 on, by Gauss's integral."""
+    A = s4d.s4d_init("lin", 64)
+    for L in (1024, 2048, 4096):
+        formula = math.sqrt(math.erfc(16 * math.pi * 63 / L))
+        assert m.fitted(A, 2 / L, L) == pytest.approx(formula, rel=0.05)
+    assert m.fitted(A, 2 / 1024, 1024, None) == pytest.approx(
+        s4d.delay_fit("lin")[2], rel=1e-6
+    )
+
+
+def test_white_noise_sees_the_error_of_the_kernel():
+    rng, L = np.random.default_rng(0), 128
+    K, noise = m.bump(L, 4) + rng.normal(size=L) * 0.01, rng.normal(size=100_000)
+    out, target = (np.convolve(noise, k)[L:-L] for k in (K, m.bump(L, 4)))
+    error = np.linalg.norm(out - target) / np.linalg.norm(target)
+    kernel = np.linalg.norm(K - m.bump(L, 4)) / np.linalg.norm(m.bump(L, 4))
+    assert error == pytest.approx(kernel, rel=0.02)
+
+
+def test_training_a_delay_learns_and_reports_its_own_error():
+    few, more = (m.train_delay("lin", 64, 0, N=8, steps=n) for n in (10, 60))
+    assert set(few) == {
+        "seed",
+        "fitted",
+        "in_double",
+        "trained",
+        "refitted",
+        "seconds",
+    }
+    assert more["trained"] < few["trained"]
+    assert more["refitted"] <= more["trained"] * (1 + 1e-6)  # the best C there is
+    assert few["in_double"] <= few["fitted"] * (1 + 1e-9)
+
+
+@pytest.fixture(scope="module")
+def kinds():
+    return {kind: nnx.view(m.KINDS[kind](0), deterministic=True) for kind in m.KINDS}
+
+
+def test_kinds_have_about_the_same_number_of_parameters(kinds):
+    sizes = [m.size(model) for model in kinds.values()]
+    assert max(sizes) < 1.05 * min(sizes)
+
+
+@pytest.mark.parametrize("kind", ["gru", "transformer"])
+def test_a_baseline_steps_as_it_reads(kinds, kind):
+    """The decoder is linear, so the mean of its answers is its answer to the mean."""
+    model, u = kinds[kind], jax.random.normal(jax.random.key(0), (12, 2, 1))
+    if kind == "gru":
+        x, step = [jnp.zeros((2, 39))] * 2, lambda x, p: m.gru_step(model, x, p[0])
+    else:
+        x = [jnp.zeros((2, 2, 12, 4, 8))] * 2
+
+        def step(x, p):
+            return model.step(x, *p)
+
+    _, scores = jax.jit(lambda: jax.lax.scan(step, x, (u, jnp.arange(12))))()
+    whole = s4d.call(model, u.swapaxes(0, 1))
+    assert np.abs(scores.mean(0) - whole).max() < 1e-5 * np.abs(whole).max() + 1e-6
+
+
+def test_time_and_memory_are_taken():
+    cost = m.train_cost("gru", 8, batch=2, repeats=1)
+    assert cost["step"] > 0 and 50 < cost["before"] <= cost["peak"] < 1e5
+    ((n, runs),) = m.steps(None, lengths=(8,), many=4)
+    assert n == "8" and [name for name, _ in runs] == ["s4d", "gru", "transformer"]
+    for _, run in runs:
+        result = run(0)
+        assert 0 < result["best"] <= result["median"]
+
+
+# -- the record -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(monkeypatch, tmp_path):
+    monkeypatch.setattr(m, "FILE", tmp_path / "evidence.json")
+    return tmp_path / "evidence.json"
+
+
+def test_a_measurement_goes_on_where_it_was(elsewhere, monkeypatch):
+    calls = []
+
+    def experiment(folder):
+        def run(seed, name):
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            calls.append((name, seed))
+            return dict(seed=seed, test=np.float32(1 / 3))
+
+        names = ("a", "b")
+        yield "group", [(name, lambda s, n=name: run(s, n)) for name in names]
+
+    monkeypatch.setitem(m.EXPERIMENTS, "trial", experiment)
+    with pytest.raises(KeyboardInterrupt):
+        m.measure("trial", None)
+    assert calls == [("a", 0), ("b", 0)]
+    saved = json.loads(elsewhere.read_text())
+    assert saved["trial"]["group"]["a"] == [dict(seed=0, test=0.333333)]
+    calls.clear()
+    m.measure("trial", None, seeds=(0, 1))
+    assert calls == [("a", 1), ("b", 1)]
+    assert [p.name for p in elsewhere.parent.iterdir()] == ["evidence.json"]
+
+
+def test_the_rate_that_is_best_on_validation_is_kept(elsewhere, tiny, monkeypatch):
+    monkeypatch.setattr(m, "RATES", {"gru": (1e-3, 1e-2)})
+    monkeypatch.setattr(
+        m, "train_kind", lambda *_, lr=None, **o: dict(lr=lr) | o | dict(seed=_[3:])
+    )
+    trials = {"gru 0.001": [0.5, 0.9], "gru 0.01": [0.6, 0.1]}  # validation, test
+    for name, (validation, test) in trials.items():
+        run = dict(seed=0, lr=float(name[4:]), validation=validation, test=test)
+        m.record("baselines", "tried", name, run)
+    _, (_, [(_, run)]) = m.baselines(None, "digits")
+    assert run(0)["lr"] == 0.01 and run(1)["lr"] == 0.01
+
+
+def test_an_unknown_experiment_is_refused():
+    done = subprocess.run(
+        [sys.executable, m.__file__, "delays"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "delays" in done.stderr
+    assert "allowed" in done.stderr and "'delay'" in done.stderr
+
+
+def test_the_record_says_where_it_comes_from_and_is_whole():
+    for key in ("command", "date", "device", "settings"):
+        assert RECORD[key], key
+    assert set(RECORD["versions"]) == {"python", "jax", "flax"}
+    assert RECORD["seeds"] == [0, 1, 2]
+    assert RECORD["settings"]["small"]["images"] == [4000, 500, 1000]
+    for name in m.EXPERIMENTS:
+        for group, variants in RECORD[name].items():
+            for variant, runs in variants.items():
+                seeds = [run["seed"] for run in runs]
+                assert seeds == ([0] if group == "tried" else [0, 1, 2]), variant
+                for run in runs:
+                    assert all(math.isfinite(v) for v in run.values()), run
+                    assert 0 <= run.get("test", 0) <= 1
+
+
+def test_nothing_that_is_asked_is_missing():
+    for name, groups in RECORD.items():
+        if name in m.EXPERIMENTS:
+            planned = dict(m.EXPERIMENTS[name](None))
+            assert set(groups) == set(planned), name
+            for group, runs in planned.items():
+                assert set(groups[group]) == {variant for variant, _ in runs}
+    for kind, rates in m.RATES.items():
+        trials = [RECORD["baselines"]["tried"][f"{kind} {lr:g}"][0] for lr in rates]
+        best = max(trials, key=lambda run: run["validation"])
+        assert {r["lr"] for r in RECORD["baselines"]["small"][kind]} == {best["lr"]}
+
+
+# -- what Part 13 says ----------------------------------------------------------------
+
+STARTS = ("lin", "legs", "inv", "quad", "rand", "real")  # by what they remember
+
+
+def test_the_rule_is_that_of_welch():
+    rng = np.random.default_rng(0)
+    verdicts = []
+    for shift in np.linspace(0, 3, 40):
+        one, other = rng.normal(size=3), rng.normal(size=3) + shift
+        runs = ([dict(test=v) for v in group] for group in (one, other))
+        verdicts.append(s4d.told_apart(*runs))
+        assert verdicts[-1] == apart(one, other)
+    assert set(verdicts) == {True, False}
+    chance = 2 * scipy.stats.t.sf(2, 4)
+    assert "one verdict in nine" in WORDS and 1 / chance == pytest.approx(9, abs=0.5)
+
+
+def test_the_table_says_what_the_record_says():
+    for experiment, task in s4d.QUESTIONS.values():
+        lines = s4d.verdicts(experiment, task)
+        assert len(lines) == len(RECORD[experiment][task])
+        base = values("initializations", task, "legs")
+        for line, name in zip(lines, RECORD[experiment][task]):
+            ours = values(experiment, task, name)
+            assert line.startswith(name)
+            numbers = re.findall(r"[-+]?\d+\.\d(?=%)", line)
+            expected = ours.mean(), ours.std(ddof=1), ours.mean() - base.mean()
+            for number, right in zip(numbers, expected):
+                assert float(number) == pytest.approx(100 * right, abs=0.0501)
+            itself = experiment == "initializations" and name == "legs"
+            assert ("noise" in line) == (not itself and not apart(ours, base))
+
+
+@pytest.mark.parametrize("question", s4d.QUESTIONS)
+def test_every_training_is_a_point(question):
+    experiment, task = s4d.QUESTIONS[question]
+    (ax,) = s4d.choices_measured(question).axes
+    names = [label.get_text() for label in ax.get_xticklabels()]
+    for place, (name, points, line) in enumerate(
+        zip(names, ax.lines[::2], ax.lines[1::2])
+    ):
+        key = ("initializations", task, "legs")
+        key = key if name == "base" else (experiment, task, name)
+        assert np.allclose(points.get_ydata(), 100 * values(*key))
+        assert np.allclose(line.get_ydata(), 100 * mean(*key))
+        assert (points.get_xdata() == place).all()
+    asked = RECORD[experiment][task]
+    assert [name for name in names if name != "base"] == list(asked)
+
+
+def test_the_delays_drawn_are_the_recorded_ones():
+    axes = s4d.delay_against_length().axes
+    assert sorted(ax.get_title() for ax in axes) == sorted(STARTS)
+    for ax in axes:
+        curves = {v.get_label(): v.get_xydata() for v in ax.lines}
+        for key in ("fitted", "trained", "refitted"):
+            expected = [
+                mean("delay", L, ax.get_title(), key=key) for L in RECORD["delay"]
+            ]
+            assert np.allclose(curves[key][:, 0], [int(L) for L in RECORD["delay"]])
+            assert np.allclose(curves[key][:, 1], expected)
+
+
+def test_the_steps_drawn_are_the_recorded_ones():
+    (ax,) = s4d.next_sample().axes
+    for line in ax.lines:
+        expected = [
+            mean("steps", n, line.get_label(), key="best") for n in RECORD["steps"]
+        ]
+        assert np.allclose(line.get_ydata(), expected)
+        assert np.allclose(line.get_xdata(), [int(n) for n in RECORD["steps"]])
+    assert [line.get_label() for line in ax.lines] == list(m.KINDS)
+
+
+def test_long_memory_is_as_the_words_say():
+    error = {
+        key: {
+            L: {name: mean("delay", L, name, key=key) for name in STARTS}
+            for L in RECORD["delay"]
+        }
+        for key in ("fitted", "trained", "refitted")
+    }
+    assert "`lin`, `legs`, `inv`, `quad`, `rand`, `real`, before as after" in WORDS
+    for L in ("1024", "2048", "4096"):
+        before, after = error["fitted"][L], error["trained"][L]
+        assert sorted(STARTS, key=before.get) == list(STARTS)
+        assert sorted(STARTS, key=after.get) == list(STARTS)
+        assert all(after[name] < before[name] for name in STARTS)
+        formula = math.sqrt(math.erfc(16 * 63 * math.pi / int(L)))
+        assert "to a percent" in WORDS
+        assert before["lin"] == pytest.approx(formula, rel=0.01)
+    assert min(error["trained"]["4096"].values()) > 0.4  # too few for every start
+    assert "At 512 steps we were surprised" in WORDS
+    before, after = error["fitted"]["512"], error["trained"]["512"]
+    for name in ("lin", "legs", "inv"):
+        assert before[name] < after[name]
+    for name in ("real", "rand"):
+        assert error["refitted"]["512"][name] < 0.95 * after[name]
+
+
+def test_weights_of_the_fit_in_double_are_enormous():
+    for name in ("legs", "inv", "rand", "real"):
+        A = np.asarray(s4d.s4d_init(name, 64, jax.random.key(0)), complex)
+        modes = np.exp(np.outer(np.arange(1024) / 512, A))
+        modes = np.concatenate([modes.real, -modes.imag], 1)
+        weights = [np.linalg.lstsq(modes, m.bump(1024), c)[0] for c in (None, 1e-6)]
+        assert np.abs(weights[0]).max() > 1e6 and np.abs(weights[1]).max() < 1e3
+
+
+def test_the_next_sample_costs_what_the_words_say():
+    took = {
+        k: [mean("steps", n, k, key="best") for n in RECORD["steps"]] for k in m.KINDS
+    }
+    assert list(RECORD["steps"]) == ["256", "512", "1024", "2048", "4096"]
+    assert "no more time for the next sample after 4,096 than after 256" in WORDS
+    for kind in ("s4d", "gru"):  # as far as the machine's noise can tell
+        runs = [values("steps", n, kind, key="best") for n in ("256", "4096")]
+        assert not apart(*runs) or took[kind][-1] < took[kind][0]
+    assert "more than sixteen times the time" in WORDS
+    assert took["transformer"][-1] > 16 * took["transformer"][0]
+    assert all(g < min(s, t) for s, g, t in zip(*took.values()))
+
+
+# -- the README -----------------------------------------------------------------------
+
+
+def reached(*path):
+    ours = values(*path)
+    return f"{ours.mean():.1%} ± {ours.std(ddof=1):.1%}"
+
+
+def readme_rows():
+    """The rows of the README's tables on the evidence."""
+    for name in m.INITS:
+        accuracy = [
+            reached("initializations", task, name) for task in ("digits", "small")
+        ]
+        errors = [
+            f"{mean('delay', '1024', name, key=key):.3f}"
+            for key in ("fitted", "trained")
+        ]
+        yield f"| {' | '.join([f'`{name}`', *accuracy, *errors])} |"
+    for kind, title in zip(m.KINDS, ("S4D", "GRU", "Transformer")):
+        path = ("baselines", "small", kind)
+        path = ("initializations", "small", "legs") if kind == "s4d" else path
+        cost = [RECORD["cost"][L][kind] for L in ("196", "784")]
+        times = [f"{1e3 * np.mean([r['step'] for r in runs]):.0f} ms" for runs in cost]
+        more = np.mean([run["peak"] - run["before"] for run in cost[1]])
+        size = f"{cost[0][0]['parameters']:,}"
+        row = [title, size, reached(*path), *times, f"{more:,.0f} MB"]
+        yield f"| {' | '.join(row)} |"
+
+
+def test_the_readme_says_what_the_record_says():
+    for row in readme_rows():
+        assert row in README, row
+
+
+# -- without the record ---------------------------------------------------------------
+
+
+def test_alone_in_a_folder_it_says_that_nothing_was_measured(tmp_path):
+    shutil.copy(ROOT / "annotated_s4d.py", tmp_path)
+    code = PART[: PART.rindex("# %% [markdown]")]
+    (tmp_path / "part.py").write_text(
+        "import re, annotated_s4d as s4d\n"
+        "text = open('annotated_s4d.py').read()\n"
+        "part = text[text.index('# ## Part 13'):text.index('# ## Closing')]\n"
+        "s4d.RUN, s4d.__dict__['show'] = True, lambda draw, promise: draw()\n"
+        "exec(compile(part, 'annotated_s4d.py', 'exec'), s4d.__dict__)\n"
+        "print(s4d.evidence())\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        [sys.executable, "part.py"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "not measured here" in done.stdout and "{}" in done.stdout
+    assert "measured" in code
