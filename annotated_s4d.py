@@ -4052,11 +4052,11 @@ DELAY_ERRORS = {"fitted": BLUE, "trained": ORANGE, "refitted": GREEN}
 if RUN:
     for L, starts in evidence("delay").items():
         foretold = math.erfc(16 * 2 * math.pi * 31.5 / int(L)) ** 0.5
-        print(f"L = {L}, lin foretold: {foretold:.4f}; in double", end="")
-        print("        fitted           trained          refitted")
+        print(f"L = {L}; by the formula lin leaves {foretold:.4f}")
+        print("           in double          fitted           trained         refitted")
         for name, runs in starts.items():
-            keys = (across(runs, k) for k in ("in_double", *DELAY_ERRORS))
-            print(f"{name:21s}" + "".join("{:8.4f} ± {:.4f}".format(*v) for v in keys))
+            keys = (across(runs, key) for key in ("in_double", *DELAY_ERRORS))
+            print(f"  {name:4s}" + "".join("{:8.4f} ± {:.4f}".format(*v) for v in keys))
 
 
 # %% [markdown]
@@ -4068,7 +4068,8 @@ def delay_against_length():
     """Error of a delay by half the length, against the length, both axes logarithmic:
     C fitted at the start (blue), everything trained (orange), C fitted after training
     (green), with standard deviations. (The blue line of `lin` begins below.)"""
-    (fig, axes), results = canvas(2, 3, 4.6, sharex=True, sharey=True), evidence("delay")
+    results = evidence("delay")
+    fig, axes = canvas(2, 3, 4.6, sharex=True, sharey=True)
     for ax, name in zip(axes.flat, ("lin", "legs", "inv", "quad", "rand", "real")):
         for key, color in DELAY_ERRORS.items():
             rows = [(int(L), *across(results[L][name], key)) for L in results]
@@ -4142,9 +4143,10 @@ if RUN:
     for L, kinds in evidence("cost").items():
         print(f"a training step at {L} samples")
         for name, runs in kinds.items():
-            took, peak, before = (across(runs, k)[0] for k in ("step", "peak", "before"))
-            line = f"  {name:12s} {runs[0]['parameters']:,} parameters"
-            print(f"{line} {1e3 * took:6.0f} ms {peak - before:6.0f} MB")
+            keys = ("parameters", "step", "peak", "before")
+            size, took, peak, before = (across(runs, key)[0] for key in keys)
+            line = f"  {name:12s} {size:,.0f} parameters {1e3 * took:7,.0f} ms"
+            print(f"{line} {peak - before:7,.0f} MB")
 
 
 # %% [markdown]
