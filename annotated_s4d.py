@@ -3903,10 +3903,7 @@ if RUN:
 # %%
 def evidence(*keys):
     """What tests/measure_evidence.py recorded under these keys; {} if nothing did."""
-    here = Path(globals().get("__file__", "annotated_s4d.py")).parent
-    paths = here / "evidence.json", here / "assets" / "evidence.json"
-    path = next((path for path in paths if path.exists()), None)
-    found = json.loads(path.read_text(encoding="utf-8")) if path else {}
+    found = measurements("evidence")
     for key in keys:
         found = found.get(key, {})
     return found
