@@ -3889,8 +3889,9 @@ if RUN:
 #
 # This page has made many choices: where the poles start, which rule holds the input,
 # what is learned. Which of them matter? To find out takes more than a hundred
-# trainings. They are measured beforehand, by `python tests/measure_evidence.py`, and recorded in
-# `assets/evidence.json`, with versions and date. The cells below read that file.
+# trainings. They are measured beforehand, by `python tests/measure_evidence.py`, and
+# recorded in `assets/evidence.json`, with versions and date. The cells below read that
+# file.
 #
 # To afford it the models are small and their trainings short. On the digits of Part 11
 # the classifier has two blocks of 64 channels, a state of 32, and ten epochs. *MNIST*
@@ -3946,8 +3947,8 @@ if RUN:
 # %% [markdown]
 # ### Starts and ablations
 #
-# First the starts of Part 7, all else equal, four of them on MNIST, too. Then *ablations*, as in the paper: the
-# layer as it is, from `legs`, with one thing changed.
+# First the starts of Part 7, all else equal, four of them on MNIST, too. Then
+# *ablations*, as in the paper: the layer as it is, from `legs`, with one thing changed.
 #
 # - `bilinear`: the other rule for holding the input.
 # - `softplus`, `relu`, `none`: other forms in which $\Re A$ is stored (Appendix A); all
@@ -4005,7 +4006,7 @@ def choices_measured(question="starts, 64 pixels"):
 # %% [markdown]
 # On the digits of 64 pixels the start decides. `legs`, `inv` and `lin` are inside each
 # other's noise; `quad`, `rand` and `real` fall behind, in this order, and are told apart
-# from all before them. So they will be in the test of memory below.On MNIST `real` is
+# from all before them. So they will be in the test of memory below. On MNIST `real` is
 # as far behind, but `rand` is inside the noise of `legs`. There the channels, each with
 # its own $\Delta$, may make up between them for what one of them lacks.
 #
