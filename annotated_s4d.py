@@ -3985,7 +3985,7 @@ if RUN:
 # The same for the eye, every training a point:
 
 # %%
-@figure(question=[*QUESTIONS])
+@figure(question=["starts, 64 pixels", "starts, 196 pixels", "ablations, 64 pixels"])
 def choices_measured(question="starts, 64 pixels"):
     """Test accuracy of the small classifier, a blue point for each of three seeds, an
     orange line for their mean: six starting points, or the ablations, where `base` is
