@@ -3332,8 +3332,8 @@ if RUN:
 # %% [markdown]
 # What does it cost? `python tests/measure_lengths.py` takes one gradient of a small
 # model, two blocks with 16 channels and a state of 64, in three ways, each point in a
-# process of its own. What it found is kept in `assets/lengths.json`, as Appendix B keeps
-# its accuracies; one function reads such files.
+# process of its own. What it found is kept in `assets/lengths.json`, as Appendix B
+# keeps its accuracies; one function reads such files.
 
 # %%
 def measurements(name):
@@ -3411,7 +3411,7 @@ if RUN:
 # not trust the first of them. The model was trained on whole images only, and one black
 # pixel says next to nothing: what it believes then is a habit, and no knowledge. The 7
 # below is an 8 to it until the upper bar has been read. Then comes a second bar, which
-# not every 7 has, and for a while another answer is ahead.
+# not every 7 has, and for a while a 2 is ahead.
 
 # %%
 @functools.cache
@@ -3804,11 +3804,11 @@ def completions(digit=2, given=4, temperature=1.0, seed=0):
 
 # %% [markdown]
 # This half could become a 2, a 3 or a 7, and the model knows it. (Move the temperature:
-# at 0 all fourteen are the same; at 2 the strokes fall apart.) But one test digit proves
-# little.
-# Let the classifier read a completion of every test image's upper half. How often does
-# it find the digit that the half came from? For comparison it reads the whole images,
-# and the halves with black below.
+# at 0 all fourteen are the same; at 2 the strokes fall apart.)
+#
+# But one test digit proves little. Let the classifier read a completion of every test
+# image's upper half. How often does it find the digit that the half came from? For
+# comparison it reads the whole images, and the halves with black below.
 
 # %%
 if RUN:
@@ -4941,9 +4941,9 @@ if RUN:
 # longer than it.
 #
 # That decided, the layer is S4D with another `system`. In it $W$ is the product of the
-# stored `C` and `B`: `B` still learns, as in S4D. $\Re A$ is negative, as in S4D; so nothing grows, and the divisor
-# cannot be zero. (On the imaginary axis it can. The authors, who leave the poles free,
-# keep away from zero by a small constant.)
+# stored `C` and `B`: `B` still learns, as in S4D. $\Re A$ is negative, as in S4D; so
+# nothing grows, and the divisor cannot be zero. (On the imaginary axis it can. The
+# authors, who leave the poles free, keep away from zero by a small constant.)
 
 # %%
 class DSS(S4D):
@@ -5074,7 +5074,8 @@ def s4_step(A, P, B, C, dt, x, u):
 # $$
 #
 # Each of the four products is, up to a factor, a sum $\sum_n v_n / (\sigma - \lambda_n)$
-# with $\sigma = \tfrac{2i}{\Delta} \tan\tfrac\theta2$, for all frequencies at once: a *Cauchy* matrix where S4D has a Vandermonde matrix.
+# with $\sigma = \tfrac{2i}{\Delta} \tan\tfrac\theta2$, for all frequencies at once: a
+# *Cauchy* matrix where S4D has a Vandermonde matrix.
 #
 # One caution. Here $2\,\Re$ does not do: $\theta$ makes the sums complex, and the
 # partner's term is not the conjugate. So the kernel sums over both of each pair. In
@@ -5103,8 +5104,8 @@ def dplr_kernel(A, P, B, C, dt, L):
 # and thereby choose one $L$ for good. Our $C$ is the true one, which the recurrence
 # needs, so $\bar A^L$ must be computed, for each length anew. It is a dense matrix. Its
 # columns are what a step makes of the unit vectors of $\Re x$ and $\Im x$, so it is real
-# (the code holds them as rows, the transpose); repeated squaring makes the power from some $\log_2 L$ products, $O(N^3 \log L)$ for
-# each channel.
+# (the code holds them as rows, the transpose); repeated squaring makes the power from
+# some $\log_2 L$ products, $O(N^3 \log L)$ for each channel.
 
 # %%
 def truncated(A, P, C, dt, L):
@@ -5347,10 +5348,10 @@ if RUN:
 # exact angles; none of them is needed to understand the model.
 #
 # On the digits none is ahead: with 360 test images one image is 0.28%, and the best and
-# the worst mean lie some two images apart. (That the seeds of one kernel may all make the same
-# number of errors is chance.) So S4D, which is the shortest to explain, the cheapest to
-# run and tied to no length, gave up nothing that this task can show. That is why this page
-# is about S4D.
+# the worst mean lie some two images apart. (That the seeds of one kernel may all make
+# the same number of errors is chance.) So S4D, which is the shortest to explain, the
+# cheapest to run and tied to no length, gave up nothing that this task can show. That is
+# why this page is about S4D.
 #
 # *What stands: three relatives, one contract. Exercise: set $P = 0$ in an S4 layer. To
 # which options of S4D does it then belong?*
@@ -5716,9 +5717,9 @@ class Studio:
             article = self.article()
             draw = article.FIGURES[name]
             promise.set_result(article.drawing(draw(**values), article.caption(draw)))
-            self.trim(0)  # what compiling took
         except Exception as error:  # it is raised where the promise is looked at
             promise.set_exception(error)
+        self.trim(0)  # what compiling took
 
 
 # %% [markdown]
@@ -5835,9 +5836,9 @@ def read_poles(text):
 # %% [markdown]
 # A figure is a *fragment*: when its knob moves, it alone runs again. The picture of the
 # defaults is in the notebook, any other is promised by the studio. After a move of the
-# knob the old picture stays until the new one is there, or until the knob moves again:
-# reading the session's state is where Streamlit lets that break in. A walk through the
-# whole page does not wait so long. It goes on, and looks again every half second.
+# knob the old picture stays for the seconds that the new one may take. A walk through the
+# whole page does not wait so long. What is not there by then is looked for every half
+# second, so that one slow figure does not hold up the others.
 
 # %% tags=["page"]
 def play(studio, figure, recorded):
@@ -5853,9 +5854,7 @@ def play(studio, figure, recorded):
         st.html(f"<figure>{recorded}{below}</figure>")
         return
     promise = studio.promise(name, values)
-    wait([promise], timeout=0.4)
-    while not (promise.done() or st.session_state.walking):
-        wait([promise], timeout=0.1)
+    wait([promise], timeout=0.4 if st.session_state.walking else 3)
     if promise.done():
         st.html(f"<figure>{promise.result()}{below}</figure>")
     else:

@@ -329,11 +329,10 @@ def arguments(place, name, **changed):
 
 
 def start(place, words, devices=1):
-    """Start the command. Compiled programs are kept for the next one."""
-    flags = os.environ.get("XLA_FLAGS", "")
+    """Start the command, compiled as a user's. Programs are kept for the next one."""
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -450,9 +449,7 @@ def test_two_processes_train_together(runs, place):
     assert np.abs(ours["losses"] - theirs["losses"]).max() < 1e-5
     for name in theirs:
         gap = np.abs(ours[name].astype(float) - theirs[name].astype(float)).max()
-        # A gradient sums over all samples what nearly cancels; Adam keeps that sum.
-        limit = 1e-4 if "opt_state" in name else 1e-5
-        assert gap < limit * max(1, np.abs(theirs[name].astype(float)).max()), name
+        assert gap < 1e-5 * max(1, np.abs(theirs[name].astype(float)).max()), name
 
 
 def test_rows_without_weight_change_nothing():
