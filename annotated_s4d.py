@@ -112,6 +112,7 @@ import math
 import os
 import shlex
 import signal
+import textwrap
 import threading
 import time
 import zlib
@@ -131,6 +132,40 @@ import scipy.special
 from flax import nnx
 from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
+
+# %% [markdown]
+# One cost lies outside all models. A training step uses and frees large arrays, and the
+# C library gives freed memory back to the system, to fetch it again, page by page and
+# filled with zeros, a moment later. Where that library is glibc, we ask it to keep what
+# it has, in one place for all threads. It listens only before JAX has started its
+# threads, so we ask here. This changes a setting of the whole process: it is done when
+# this file runs, and not when it is imported.
+
+# %%
+def set_allocator(*settings):
+    """Set options of glibc's allocator, numbers and values. Does nothing elsewhere.
+
+    Returns a function that gives unused memory back to the system.
+    """
+    try:
+        library = ctypes.CDLL(None)
+        mallopt, trim = library.mallopt, library.malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return lambda _: None
+    for option, value in settings:
+        mallopt(option, value)
+    return trim
+
+
+def keep_memory():
+    """Let glibc keep freed memory for the next step. Call it before JAX computes."""
+    # one arena, no array mapped apart, never trim, grow by 256 MB
+    set_allocator((-8, 1), (-4, 0), (-1, -1), (-2, 2**28))
+
+
+if RUN:
+    keep_memory()
+
 
 # %% [markdown]
 # We will compute the same output in many ways, and each time ask whether two of them
@@ -2137,9 +2172,56 @@ def s4d_every(A, B, C, dt, x, u, lengths, method="zoh"):
 # %% [markdown]
 # ### From the systems' output to the layer's
 #
-# The $H$ systems are linear and do not see each other. Two things are missing. A
-# nonlinearity: GELU, a smooth version of "let positive numbers pass". And a linear map
-# that mixes the channels. The default map is twice as wide as the layer, and its second
+# The $H$ systems are linear and do not see each other. Two things are missing. One is a
+# nonlinearity, something that lets positive numbers pass and holds negative ones back.
+# The smooth version of it that most models take is the *GELU*: each number times
+# the share of a normal distribution that lies below it,
+# $\mathrm{gelu}(y) = y\,(1 + \mathrm{erf}(y/\sqrt 2))/2$. JAX has it, written with
+# $\mathrm{erfc} = 1 - \mathrm{erf}$ so that the tiny results far on the negative side
+# keep all their digits. We do not need those, and `erf` is shorter work.
+
+# %%
+def gelu(y):
+    """Return y times the normal distribution function of y. Any shape."""
+    return y * (1 + jax.lax.erf(y / math.sqrt(2))) / 2
+
+
+if RUN:
+    many = jax.random.normal(jax.random.key(0), (2**20,))
+    library = functools.partial(jax.nn.gelu, approximate=False)
+    agree("GELU by erf", gelu(many), "JAX's, by erfc", library(many))
+    losses = [lambda y, f=f: (f(y) ** 2).sum() for f in (gelu, library)]
+    ours, theirs = (best_time(jax.value_and_grad(loss), many) for loss in losses)
+    print(f"time of JAX's, with its gradient, by that of ours: {theirs / ours:.1f}")
+
+
+# %% [markdown]
+# The other is a linear map that mixes the channels, the same for each sample. We lay all
+# samples of a batch in one long row before it. That changes no number. But the gradient
+# of its weights is a sum over all samples, and for a sum over two axes XLA first makes a
+# transposed copy of what comes in.
+
+# %%
+class Linear(nnx.Linear):
+    """A linear map over the last axis of u (..., d), as one matrix product."""
+
+    def __call__(self, u):
+        y = super().__call__(u.reshape(-1, u.shape[-1]))
+        return y.reshape(*u.shape[:-1], self.out_features)
+
+
+if RUN:
+    many = many.reshape(16, 1024, 64)
+    layers = [kind(64, 128, rngs=nnx.Rngs(0)) for kind in (Linear, nnx.Linear)]
+    parts = [nnx.split(layer) for layer in layers]
+    losses = [lambda p, u, g=g: (nnx.merge(g, p)(u) ** 2).sum() for g, _ in parts]
+    ours, theirs = (best_time(jax.grad(loss), p, many)
+                    for loss, (_, p) in zip(losses, parts))
+    print(f"time of the gradient of nnx.Linear by that of ours: {theirs / ours:.1f}")
+
+
+# %% [markdown]
+# The default map is twice as wide as the layer, and its second
 # half decides, through a sigmoid, how much of the first half passes (a gated linear
 # unit, GLU). Between them *dropout* sets a random part of the numbers to zero while
 # training, so that the model does not rely on any single one.
@@ -2151,7 +2233,7 @@ def s4d_every(A, B, C, dt, x, u, lengths, method="zoh"):
 # %%
 FINAL_ACTS = {
     "glu": jax.nn.glu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
     "relu": jax.nn.relu,
     "id": lambda y: y,
     None: None,  # no mixing map at all
@@ -2161,16 +2243,16 @@ FINAL_ACTS = {
 class Mixer(nnx.Module):
     """GELU, dropout, then a linear map across the channels and its activation."""
 
-    def __init__(self, d_model, final_act="glu", dropout=0.0, *, rngs):
+    def __init__(self, d_model, final_act="glu", dropout=0.0, *, linear=Linear, rngs):
         require_choice("final_act", final_act, tuple(FINAL_ACTS))
         require(0 <= dropout < 1, f"dropout is {dropout}", "0 <= dropout < 1")
         self.dropout, self.act = nnx.Dropout(dropout, rngs=rngs), FINAL_ACTS[final_act]
         if self.act:
             width = d_model * (2 if final_act == "glu" else 1)
-            self.linear = nnx.Linear(d_model, width, param_dtype=float, rngs=rngs)
+            self.linear = linear(d_model, width, param_dtype=float, rngs=rngs)
 
     def __call__(self, y):
-        y = self.dropout(jax.nn.gelu(y, approximate=False))  # (..., H)
+        y = self.dropout(gelu(y))  # (..., H)
         return self.act(self.linear(y)) if self.act else y
 
 
@@ -2208,8 +2290,8 @@ def masked(y, lengths):
 # Now the layer. Calling it is Parts 4 and 6, stepping it is Part 3, and advancing it is
 # the pair of formulas above. Nothing is cached: each method reads the parameters, so
 # that an update can leave nothing stale behind, and gradients flow through all of them.
-# (`convolve` has a name of its own because Appendix D needs another one where a batch is
-# spread over several devices.)
+# (`convolve` and `linear` have names of their own because Appendix D needs others where
+# a batch or a sequence is spread over several devices.)
 
 # %%
 class S4D(DiagonalSSM):
@@ -2218,12 +2300,12 @@ class S4D(DiagonalSSM):
     Options: those of DiagonalSSM; dropout in [0, 1); final_act "glu", "gelu", "relu",
     "id" (no activation) or None (no mixing map)."""
 
-    convolve = staticmethod(causal_conv)
+    convolve, linear = staticmethod(causal_conv), Linear
 
     def __init__(self, d_model, d_state=64, *, dropout=0.0, final_act="glu", rngs,
                  **options):
         super().__init__(d_model, d_state, rngs=rngs, **options)
-        self.mixer = Mixer(d_model, final_act, dropout, rngs=rngs)
+        self.mixer = Mixer(d_model, final_act, dropout, linear=self.linear, rngs=rngs)
 
     def kernel(self, L):
         """Return the convolution kernels K (H, L)."""
@@ -2354,27 +2436,32 @@ class S4DBlock(nnx.Module):
     """LayerNorm, S4D, residual; LayerNorm, FFN, residual. Methods and shapes as S4D,
     but what stands after the end of a row is not zero and has no meaning.
 
-    kernel is a name in LAYERS. The FFN is expand * d_model wide. Other options are
-    those of the layer.
+    kernel is a name in LAYERS. The FFN is expand * d_model wide, and absent if that is
+    zero. Other options are those of the layer.
     """
 
     def __init__(self, d_model, d_state=64, *, kernel="s4d", expand=2, dropout=0.0,
                  rngs, **options):
         require_choice("kernel", kernel, tuple(LAYERS))
         require(not options.get("transposed"), "a block, transposed", "a layer alone")
-        require_count("expand", expand)
+        if expand != 0:
+            require_count("expand", expand)
         layer = functools.partial(LAYERS[kernel], d_model, d_state, rngs=rngs)
         self.ssm = layer(dropout=dropout, **options)
         floats = dict(param_dtype=float, rngs=rngs)
-        self.norm_ssm, self.norm_ffn = (nnx.LayerNorm(d_model, **floats) for _ in "12")
-        self.up = nnx.Linear(d_model, expand * d_model, **floats)
-        self.down = nnx.Linear(expand * d_model, d_model, **floats)
+        self.norm_ssm, self.expand = nnx.LayerNorm(d_model, **floats), expand
+        if expand:
+            self.norm_ffn = nnx.LayerNorm(d_model, **floats)
+            self.up = self.ssm.linear(d_model, expand * d_model, **floats)
+            self.down = self.ssm.linear(expand * d_model, d_model, **floats)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
     def around(self, u, y):
         """Add the layer's output y to its input u, then the FFN's. (..., H)"""
         h = u + self.dropout(y)
-        inner = jax.nn.gelu(self.up(self.norm_ffn(h)), approximate=False)
+        if not self.expand:
+            return h
+        inner = gelu(self.up(self.norm_ffn(h)))
         return h + self.dropout(self.down(inner))
 
     def __call__(self, u, lengths=None):
@@ -2954,37 +3041,6 @@ def train(model, data, validation, *, epochs=40, watch=None, **options):
             print(line.format(*run.history[-1]))
     return run.history
 
-
-# %% [markdown]
-# One cost lies outside the model. A training step uses and frees many large arrays, and
-# the C library gives freed memory back to the system, to fetch it again a moment later.
-# Where that library is glibc, we ask it to keep what it has. This changes a setting of
-# the whole process, so it is done when this file runs, and not when it is imported.
-
-# %%
-def set_allocator(*settings):
-    """Set options of glibc's allocator, numbers and values. Does nothing elsewhere.
-
-    Returns a function that gives unused memory back to the system.
-    """
-    try:
-        library = ctypes.CDLL(None)
-        mallopt, trim = library.mallopt, library.malloc_trim
-    except (AttributeError, OSError, TypeError):
-        return lambda _: None
-    for option, value in settings:
-        mallopt(option, value)
-    return trim
-
-
-def keep_memory():
-    """Let glibc keep freed memory for the next step."""
-    most = 2**31 - 1
-    set_allocator((-3, most), (-1, most), (-2, 2**28))  # mmap, trim, top pad
-
-
-if RUN:
-    keep_memory()
 
 # %% [markdown]
 # Three blocks with 64 channels, a state of 64 each. The dropout masks come from a
@@ -4181,6 +4237,30 @@ def next_sample():
 # Transformer compares it with all that came before it, and with sixteen times the past
 # it needs more than sixteen times the time. The step of the GRU is the cheapest of all:
 # it has the smallest state, and nothing to discretize.
+#
+# ### What the fast forms gain
+#
+# Part 6 timed its ideas one by one. Here they stand together, beside the same model
+# written the obvious way: the Vandermonde sum with an exponential for each mode and
+# step, and the padded FFT, in JAX and in PyTorch. `python tests/measure_speed.py` took
+# the times, in turns, and recorded them in `assets/speed.json`. The last column says
+# how many times as long as ours a form takes; for the parts of a block, what share of
+# their time this machine's matrix product, FFT or copying would need for that work.
+
+# %%
+if RUN:
+    speed = measurements("speed")
+    print(textwrap.fill(speed.get("said", ""), 84), end="\n\n")
+    for row in speed.get("table", []):
+        print("{:44s} {:11s} {:>16s} {:>11s}".format(*row))
+
+
+# %% [markdown]
+# The kernel gains most, and the longer it is, the more. Of the memory of the obvious
+# form little is left. A whole training step gains much less. Most of it is now linear
+# maps, convolution and normalization, and of those the linear maps, which are matrix
+# products in every form, take the largest part. No trick of this page makes them
+# shorter.
 #
 # *What stands: the choices of this page, measured, with their noise. Exercise: the rule
 # above takes the test images as given. Each of 360 images is a draw, too. How far apart
@@ -6609,12 +6689,15 @@ def share_of_time(A, B, C, dt, u, method="zoh"):
 
 # %% [markdown]
 # `shard_map` hands each device its chunk. All else in a model works on single samples,
-# and there the compiler follows this division by itself. A layer that calls it is an
-# S4D layer in all other respects, its parameters included.
+# and there the compiler follows this division by itself. Only the samples of all rows in
+# one long row, as `Linear` lays them, could not stay where they are, so this layer takes
+# Flax's own. In all other respects it is an S4D layer, its parameters included.
 
 # %%
 class SplitS4D(S4D):
     """S4D whose call divides the sequence, not the batch, among all devices."""
+
+    linear = nnx.Linear
 
     def __call__(self, u, lengths=None):
         lengths, L = check_sequence(u, len(self.D), lengths), u.shape[1]

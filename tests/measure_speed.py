@@ -1,19 +1,21 @@
 """How fast the kernel, a training step and generation are, beside the plain forms.
 
     python tests/measure_speed.py            measure, print the table
-    python tests/measure_speed.py --write    and put it into README.md
+    python tests/measure_speed.py --write    and put it into README.md and assets
 
 The plain form is the same model written the obvious way in JAX: the Vandermonde sum
 with one complex exponential for each mode and step, and a real FFT padded to twice the
 length. Where PyTorch is installed, the authors' minimal layer stands beside it, written
-once more below. The forms take turns in one run, after warming up. A ratio is the
-quotient of two medians; where the turns of a form differ by more than a quarter (from
-the first to the third quartile, as a share of the median) the machine was disturbed,
-and no ratio is printed.
+once more below. A training step is measured on the authors' minimal model, and with the
+feed-forward network (FFN) that our blocks have besides. The forms take turns in one
+run, after warming up. A ratio is the quotient of two medians; where the turns of a form
+differ by more than a quarter (from the first to the third quartile, as a share of the
+median) the machine was disturbed, and no ratio is printed.
 """
 
 import argparse
 import functools
+import json
 import os
 import platform
 import re
@@ -59,7 +61,7 @@ class PlainS4D(s4d.S4D):
 s4d.LAYERS["plain"] = PlainS4D
 
 
-def torch_model(d_input, d_output, H, N, layers):
+def torch_model(d_input, d_output, H, N, layers, expand):
     """The same classifier in PyTorch, after the authors' minimal S4D."""
     nn = torch.nn
 
@@ -88,14 +90,15 @@ def torch_model(d_input, d_output, H, N, layers):
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.ssm, self.norms = Layer(), nn.ModuleList(map(nn.LayerNorm, (H, H)))
-            self.ffn = nn.Sequential(
-                nn.Linear(H, 2 * H), nn.GELU(), nn.Linear(2 * H, H)
-            )
+            self.ssm, self.norm, width = Layer(), nn.LayerNorm(H), expand * H
+            self.ffn = None
+            if expand:
+                maps = nn.Linear(H, width), nn.GELU(), nn.Linear(width, H)
+                self.ffn = nn.Sequential(nn.LayerNorm(H), *maps)
 
         def forward(self, u):  # (batch, L, H)
-            u = u + self.ssm(self.norms[0](u).transpose(1, 2)).transpose(1, 2)
-            return u + self.ffn(self.norms[1](u))
+            u = u + self.ssm(self.norm(u).transpose(1, 2)).transpose(1, 2)
+            return u + self.ffn(u) if self.ffn else u
 
     class Model(nn.Module):
         def __init__(self):
@@ -181,21 +184,22 @@ def memory(L=65536):
         yield what, name, f"{size / 2**20:,.0f} MB", f"{size / sizes['ours']:.1f}"
 
 
-def training(turns, H=128, N=64, L=784, batch=32, layers=4):
-    """A training step of a classifier with four layers."""
+def training(turns, expand, H=128, N=64, L=784, batch=32, layers=4):
+    """A training step of a classifier with four layers, with an FFN or without."""
     rng = np.random.default_rng(0)
     u = rng.standard_normal((batch, L, 1)).astype(np.float32)
     labels = rng.integers(0, 10, batch)
     forms = {}
     for name, kernel in (("ours", "s4d"), ("plain JAX", "plain")):
         model = s4d.S4DModel(
-            1, 10, H, N, layers, init="lin", kernel=kernel, rngs=nnx.Rngs(0)
-        )
+            1, 10, H, N, layers, init="lin", kernel=kernel, expand=expand,
+            rngs=nnx.Rngs(0),
+        )  # fmt: skip
         optimizer = s4d.make_optimizer(model, 1000)
         update = nnx.cached_partial(s4d.train_step, model, optimizer)
         forms[name] = lambda update=update: float(update(u, labels))
     if torch:
-        model = torch_model(1, 10, H, N, layers)
+        model = torch_model(1, 10, H, N, layers, expand)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
         inputs, wanted = torch.tensor(u), torch.tensor(labels)
 
@@ -207,7 +211,48 @@ def training(turns, H=128, N=64, L=784, batch=32, layers=4):
             return loss.item()
 
         forms["PyTorch"] = step
-    yield from rows(f"training step, {batch} x {L}, {layers} layers", forms, turns)
+    what = f"training step, {batch} x {L}, {layers} layers"
+    yield from rows(what + " with FFN" * bool(expand), forms, turns)
+
+
+def parts(turns, rates, H=128, N=64, L=784, batch=32):
+    """Where such a step goes: the parts of a block, forward and back, and how much of
+    that time this machine's own matrix product, FFT or copying would need."""
+    block = s4d.S4DBlock(H, N, init="lin", rngs=nnx.Rngs(0))
+    layer, shape = block.ssm, (batch, L, H)
+    u = jax.random.normal(jax.random.key(0), shape)
+
+    def convolve(u):
+        return layer.convolve(u.swapaxes(1, 2), K).swapaxes(1, 2)
+
+    K = layer.kernel(L)
+    rows, fft = batch * H, 5 * L * np.log2(L)
+    linear = 3 * 2 * batch * L * H * 2 * H  # forward, and back to input and weights
+    works = {  # what, how often in a block, its work, of which kind
+        "convolution": (convolve, 1, 4 * rows * fft, "FFT"),
+        "linear": (block.up, 3, linear, "product"),
+        "GELU": (s4d.gelu, 3, 4 * u.nbytes, "copying"),
+        "LayerNorm": (block.norm_ssm, 2, 4 * u.nbytes, "copying"),
+        "all of it": (block, 1, None, None),
+    }
+    calls = {}
+    for name, (f, *_) in works.items():
+        graph, state = nnx.split(f) if isinstance(f, nnx.Module) else (f, ())
+
+        @jax.jit
+        def both(state, u, graph=graph):
+            def run(state, u):
+                return (nnx.merge(graph, state) if state else graph)(u)
+
+            y, back = jax.vjp(run, state, u)
+            return y, back(y)  # reads u and y, writes y and the gradient, at the least
+
+        calls[name] = blocked(both, state, u)
+    for name, (median, spread) in take_turns(calls, turns).items():
+        _, times, work, kind = works[name]
+        share = f"{work / rates[kind] / median:.0%} {kind}" if kind else ""
+        said = f"{times} x {1e3 * median:.3g} ms ± {spread:.0%}"
+        yield "in a block, forward and back", name, said, share
 
 
 def generation(turns, H=256, N=64, layers=4, steps=256):
@@ -258,15 +303,16 @@ def sampling(turns, steps=512):
 
 
 def limits(turns):
-    """What this machine can do."""
-    a, b = jnp.ones((2048, 2048)), jnp.ones((4096, 1024))
-    product, _ = take_turns({"": blocked(jax.jit(jnp.matmul), a, a)}, turns)[""]
-    fft, _ = take_turns({"": blocked(jax.jit(jnp.fft.rfft), b)}, turns)[""]
-    copy, _ = take_turns({"": blocked(jax.jit(jnp.negative), b)}, turns)[""]
-    yield "matrix product", "JAX", f"{2 * 2048**3 / product / 1e9:.0f} GFLOP/s", ""
-    work = 2.5 * 4096 * 1024 * 10
-    yield "real FFT of 1,024", "JAX", f"{work / fft / 1e9:.0f} GFLOP/s", ""
-    yield "negate 16 MB", "JAX", f"{2 * b.nbytes / copy / 1e9:.0f} GB/s", ""
+    """What this machine can do, in operations or bytes a second."""
+    a, b = jnp.ones((2048, 2048)), jnp.ones((4096, 784))
+    works = {
+        "product": (jnp.matmul, (a, a), 2 * 2048**3),
+        "FFT": (jnp.fft.fft, (b + 0j,), 5 * 784 * np.log2(784) * 4096),
+        "copying": (jnp.negative, (b,), 2 * b.nbytes),
+    }
+    calls = {k: blocked(jax.jit(f), *args) for k, (f, args, _) in works.items()}
+    times = take_turns(calls, turns)
+    return {kind: work / times[kind][0] for kind, (*_, work) in works.items()}
 
 
 def main():
@@ -284,22 +330,33 @@ def main():
         f"medians of {options.turns} turns ± quartiles):"
     )
     print(said)
-    lines = ["| what | form | measured | by ours |", "|:--|:--|--:|--:|"]
-    few = max(5, options.turns // 2)
+    few, rates = max(5, options.turns // 2), limits(options.turns)
+    units = {"product": "GFLOP/s", "FFT": "GFLOP/s", "copying": "GB/s"}
+    machine = (
+        ("this machine", kind, f"{rate / 1e9:.0f} {units[kind]}", "")
+        for kind, rate in rates.items()
+    )
+    table = []
     for part in (
-        limits(options.turns),
+        machine,
         kernels(1024, options.turns),
         kernels(4096, few),
         memory(),
-        training(few),
+        training(few, expand=0),
+        training(few, expand=2),
+        parts(options.turns, rates),
         prefix(options.turns),
         generation(options.turns),
         sampling(few),
     ):
-        for what, form, measured, ratio in part:
-            print(f"{what:42s} {form:18s} {measured:>18s} {ratio:>10s}", flush=True)
-            lines.append(f"| {what} | {form} | {measured} | {ratio} |")
+        for row in part:
+            print("{:44s} {:18s} {:>20s} {:>18s}".format(*row), flush=True)
+            table.append(row)
     if options.write:
+        text = json.dumps({"said": said, "table": table}, indent=1, ensure_ascii=False)
+        (ROOT / "assets" / "speed.json").write_text(text + "\n", encoding="utf-8")
+        lines = ["| what | form | measured | by ours |", "|:--|:--|--:|--:|"]
+        lines += [f"| {' | '.join(row)} |" for row in table]
         readme = ROOT / "README.md"
         text, table = readme.read_text(encoding="utf-8"), "\n".join(lines)
         marks = r"(?s)(<!-- speed -->\n).*?(\n<!-- end -->)"

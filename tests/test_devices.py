@@ -91,7 +91,7 @@ def memory():
     def planned(kernel):
         graph, state = nnx.split(model(kernel, 1, pooling="none"))
         answer = jax.jit(lambda state, u: nnx.merge(graph, state)(u))
-        program = answer.lower(state, jnp.zeros((1, 2**14, 3))).compile()
+        program = answer.lower(state, jnp.zeros((2, 2**14, 3))).compile()
         return program.memory_analysis().temp_size_in_bytes
 
     assert planned("split") < planned("s4d") / 4

@@ -294,6 +294,7 @@ def test_build_returns_the_last_position():
         ((7,), {}),
         ((3, 16, 8, 2), {}),
         ((3, 16, 8, 2), dict(final_act="gelu", expand=3, window_size=None)),
+        ((3, 16, 8, 2), dict(expand=0)),
         ((1, 8), dict(num_layers=1, final_act=None)),
     ],
 )
@@ -308,8 +309,8 @@ def test_param_count_is_exact(args, options):
     act, expand = full.get("final_act", "glu"), full.get("expand", 2)
     ssm = 2 * H + H * N + 2 * H * N  # dt and D; A; B and C
     mixer = {None: 0, "glu": 2 * H * (H + 1)}.get(act, H * (H + 1))
-    ffn = expand * H * (H + 1) + H * (expand * H + 1)
-    assert real == (E + 1) * H + layers * (ssm + mixer + ffn + 4 * H) + 2 * H
+    ffn = 2 * H + expand * H * (H + 1) + H * (expand * H + 1) if expand else 0
+    assert real == (E + 1) * H + layers * (ssm + mixer + ffn + 2 * H) + 2 * H
     assert s4d.param_count(*args, **options) == real
 
 
@@ -371,7 +372,8 @@ def test_a_misspelt_option_is_refused(make):
         ((0, 2), {}, "d_input is 0"),
         ((1, 0), {}, "d_output is 0"),
         ((1, 2), dict(n_layers=0), "n_layers is 0"),
-        ((1, 2), dict(expand=0), "expand is 0"),
+        ((1, 2), dict(expand=-1), "expand is -1"),
+        ((1, 2), dict(expand=None), "expand is None"),
         (
             (1, 2),
             dict(pooling="max"),
@@ -382,6 +384,42 @@ def test_a_misspelt_option_is_refused(make):
 def test_model_refuses(args, options, message):
     with pytest.raises(ValueError, match=message):
         s4d.S4DModel(*args, **dict(d_model=4, d_state=8) | options, rngs=nnx.Rngs(0))
+
+
+def test_a_block_without_ffn_is_a_residual_layer():
+    block = s4d.S4DBlock(3, 8, expand=0, rngs=nnx.Rngs(0))
+    u = jnp.asarray(noise(2, 9, 3))
+    y = u + s4d.call(block.ssm, block.norm_ssm(u))
+    assert error(s4d.call(block, u), y) < 1e-6
+    x, y = s4d.run_steps(block, u)
+    assert error(y, s4d.call(block, u)) < 1e-5
+    names = {path[0] for path, _ in nnx.to_flat_state(nnx.state(block, nnx.Param))}
+    assert names == {"ssm", "norm_ssm"}
+
+
+def test_gelu_against_scipy_and_its_slope():
+    y = np.linspace(-12, 12, 4001)
+    density = np.exp(-(y**2) / 2) / np.sqrt(2 * np.pi)
+    below = (1 + erf(y / np.sqrt(2))) / 2
+    slope = jax.vmap(jax.grad(s4d.gelu))(jnp.float32(y))
+    assert np.abs(s4d.gelu(jnp.float32(y)) - y * below).max() < 2e-6
+    assert np.abs(slope - (below + y * density)).max() < 2e-6
+    with jax.enable_x64(True):
+        assert np.abs(s4d.gelu(jnp.asarray(y)) - y * below).max() < 1e-14
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 3), (2, 5, 3), (2, 2, 5, 3), (0, 3)])
+def test_linear_is_that_of_flax(shape):
+    ours, flax = (k(3, 4, rngs=nnx.Rngs(0)) for k in (s4d.Linear, nnx.Linear))
+    u = jnp.asarray(noise(*shape))
+
+    def loss(layer, u):
+        return jnp.sin(layer(u)).sum()
+
+    assert ours(u).shape == flax(u).shape == (*shape[:-1], 4)
+    assert np.allclose(ours(u), flax(u), atol=1e-6)
+    for a, b in zip(*(jax.tree.leaves(nnx.grad(loss)(k, u)) for k in (ours, flax))):
+        assert a.shape == b.shape and jnp.abs(a - b).max() < 1e-5
 
 
 @pytest.mark.parametrize("window", [0, -1, 2.5])
