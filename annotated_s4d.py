@@ -5383,20 +5383,12 @@ def legs_error(kernel, N=64, L=4000, dt=0.001):
 # %% [markdown]
 # *Accuracy* is that of the classifier of Part 11 with each kernel, same recipe, fewer
 # epochs. It takes long, so it is measured beforehand, with three seeds, by
-# `python tests/measure_kernels.py`, and recorded in `assets/kernels.json`.
-
-# %%
-def kernel_accuracies():
-    """What tests/measure_kernels.py recorded. {} if its file is not here."""
-    return measurements("kernels")
-
-
-# %% [markdown]
-# The table, a column for each:
+# `python tests/measure_kernels.py`, and recorded in `assets/kernels.json`. The table
+# has a column for each kernel:
 
 # %%
 if RUN:
-    columns, lines, measured = [], kernel_code(), kernel_accuracies()
+    columns, lines, measured = [], kernel_code(), measurements("kernels")
     reached = "{mean:.1%} ± {spread:.1%}" if measured else "not measured"
     for name in lines:
         layer = LAYERS[name](64, 64, rngs=nnx.Rngs(0), final_act=None)

@@ -76,11 +76,18 @@ def torch_model(d_input, d_output, H, N, layers, expand):
             self.D = nn.Parameter(torch.randn(H))
             self.mix = nn.Sequential(nn.Conv1d(H, 2 * H, 1), nn.GLU(-2))
 
-        def forward(self, u):  # (batch, H, L)
-            L = u.shape[-1]
+        def system(self):  # log(A_bar), and C with B_bar in it
             A = -torch.exp(self.log_A_real) + 1j * self.A_imag
             dtA = A * torch.exp(self.log_dt)[:, None]
-            C = torch.view_as_complex(self.C) * (torch.exp(dtA) - 1) / A
+            return dtA, torch.view_as_complex(self.C) * (torch.exp(dtA) - 1) / A
+
+        def step(self, x, u, A_bar, C):  # (batch, H, N/2), (batch, H)
+            x = A_bar * x + u[..., None]
+            y = nn.functional.gelu(2 * (C * x).sum(-1).real + self.D * u)
+            return x, self.mix(y[..., None])[..., 0]
+
+        def forward(self, u):  # (batch, H, L)
+            L, (dtA, C) = u.shape[-1], self.system()
             powers = torch.exp(dtA[..., None] * torch.arange(L))
             K = 2 * torch.einsum("hn,hnl->hl", C, powers).real
             Y = torch.fft.rfft(u, 2 * L) * torch.fft.rfft(K, 2 * L)
@@ -100,6 +107,10 @@ def torch_model(d_input, d_output, H, N, layers, expand):
             u = u + self.ssm(self.norm(u).transpose(1, 2)).transpose(1, 2)
             return u + self.ffn(u) if self.ffn else u
 
+        def step(self, x, u, *system):
+            x, y = self.ssm.step(x, self.norm(u), *system)
+            return x, u + y + (self.ffn(u + y) if self.ffn else 0)
+
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -110,6 +121,19 @@ def torch_model(d_input, d_output, H, N, layers, expand):
 
         def forward(self, u):
             return self.decoder(self.body(u).mean(1))
+
+        @torch.no_grad()
+        def stream(self, u):  # (batch, L, d_input) to (batch, L, d_output)
+            first, *blocks, last = self.body
+            systems = [block.ssm.system() for block in blocks]
+            systems = [(torch.exp(dtA), C) for dtA, C in systems]
+            x, y = [torch.zeros(len(u), H, N // 2) + 0j] * layers, []
+            for sample in u.unbind(1):
+                h = first(sample)
+                for i, block in enumerate(blocks):
+                    x[i], h = block.step(x[i], h, *systems[i])
+                y.append(self.decoder(last(h)))
+            return torch.stack(y, 1)
 
     return Model()
 
@@ -256,7 +280,8 @@ def parts(turns, rates, H=128, N=64, L=784, batch=32):
 
 
 def generation(turns, H=256, N=64, layers=4, steps=256):
-    """Steps of a stream inside one compiled scan, early and late in it."""
+    """Steps of a stream inside one compiled scan, early and late in it, and PyTorch's
+    in a loop."""
     for batch in (1, 16):
         model = s4d.S4DModel(
             1, 17, H, N, layers, init="lin", pooling="none", rngs=nnx.Rngs(0)
@@ -275,6 +300,9 @@ def generation(turns, H=256, N=64, layers=4, steps=256):
             name: blocked(functools.partial(stream, model), x, u)
             for name, x in states.items()
         }
+        if torch:
+            plain = torch_model(1, 17, H, N, layers, expand=2)
+            forms["PyTorch"] = functools.partial(plain.stream, torch.ones(u.shape))
         what = f"one step, batch {batch}, {layers} layers, H = {H}"
         yield from rows(what, forms, turns, 1e6 / steps, "µs")
 

@@ -475,8 +475,8 @@ def test_errors_against_legs():
 @pytest.mark.parametrize("folder", ["", "assets"])
 def test_accuracies_come_from_the_file(tmp_path, monkeypatch, folder):
     monkeypatch.setattr(s4d, "__file__", str(tmp_path / "annotated_s4d.py"))
-    assert s4d.kernel_accuracies() == {}
+    assert s4d.measurements("kernels") == {}
     (tmp_path / folder).mkdir(exist_ok=True)
     recorded = {"s4": {"mean": 0.9, "spread": 0.01}}
     (tmp_path / folder / "kernels.json").write_text(json.dumps(recorded))
-    assert s4d.kernel_accuracies() == recorded
+    assert s4d.measurements("kernels") == recorded
