@@ -1047,16 +1047,20 @@ def responses(poles, weights, dt, u):
 @figure()
 def explorer(poles=(-1 + 6.24j, -0.4 + 2j), weights=(1.0, 0.5)):
     """Two poles and their conjugates, the kernel that they make together, its frequency
-    response, and its response to the force of Part 1 (grey)."""
+    response (dotted: where the poles are), and its response to the force of Part 1
+    (grey)."""
     t, (poles, weights) = np.arange(STEPS) * DT, map(np.asarray, (poles, weights))
     K, G, y = responses(poles, weights, DT, force(t))
     fig, ((plane, kernel), (spectrum, output)) = canvas(2, 2, 4.4)
-    plane.plot(poles.real, poles.imag, "o", ms=8)
-    plane.plot(poles.real, -poles.imag, "o", ms=8, alpha=0.4)
+    for pole in poles:
+        (dot,) = plane.plot(pole.real, pole.imag, "o", ms=8)
+        color, height = dot.get_color(), (G.min(), G.max())
+        plane.plot(pole.real, -pole.imag, "o", ms=8, color=color, alpha=0.4)
+        spectrum.plot([pole.imag] * 2, height, ":", color=color, lw=1.2)
     plane.set(xlim=(-4, 0.5), ylim=(-20, 20), title="poles and conjugates")
     kernel.plot(t, K, color=GREEN)
     kernel.set(title="kernel", xlabel="age of the input (s)")
-    spectrum.semilogy(np.arange(201) / 10, G, color=ORANGE)
+    spectrum.semilogy(np.arange(201) / 10, G, color=INK)
     spectrum.set(title="frequency response", xlabel="rad/s")
     output.plot(t, force(t) * np.abs(y).max() / 20, color=INK, lw=1)
     output.plot(t, y, color=PURPLE)
@@ -2413,6 +2417,8 @@ if RUN:
 # layer only has to learn a change. *Layer normalization* in front of it brings the
 # channels of each sample to mean 0 and variance 1. A feed-forward network (FFN)
 # follows, two linear maps with a GELU between them, which works on each sample alone.
+# (With `expand=0` there is none, and the block is S4D with its residual, as in the
+# authors' minimal model.)
 #
 # $$
 # \begin{aligned}
