@@ -104,7 +104,6 @@ import functools
 import gzip
 import hashlib
 import html
-import importlib.util
 import inspect
 import io
 import json
@@ -2785,7 +2784,9 @@ if RUN:
 @functools.cache
 def load_digits():
     """Return train, validation and test: pairs of images (n, 64, 1) and labels (n,)."""
-    package = importlib.util.find_spec("sklearn")  # found and not imported: it is large
+    from importlib.util import find_spec
+
+    package = find_spec("sklearn")  # found and not imported: it is large
     if package is None:
         raise ModuleNotFoundError("the digits are inside scikit-learn; install it")
     table = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
@@ -5763,7 +5764,7 @@ class Studio:
     """The imported article and the figures drawn so far, for all visitors."""
 
     def __init__(self, file):
-        # Two threads of BLAS on small matrices wait for each other more than they work.
+        # On small matrices several threads of BLAS mostly wait for each other.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         self.file, self.module, self.drawings = file, None, {}
         self.importing, self.asking = threading.Lock(), threading.Lock()
@@ -5782,11 +5783,9 @@ class Studio:
         return self.module
 
     def settle(self):
-        """After an import or a compilation: keep what stays, give back the rest.
-
-        Streamlit collects garbage after every move of a knob. What is here to stay,
-        JAX and its programs, need not be looked through each time.
-        """
+        """Keep what an import or a compilation has left, give the rest back."""
+        # Streamlit collects garbage after every move of a knob. What is here to stay,
+        # JAX and its programs, need not be looked through each time.
         gc.collect()
         gc.freeze()
         self.trim(0)
