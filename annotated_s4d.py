@@ -5553,7 +5553,11 @@ def curve(line):
     steps = matplotlib.cbook.STEP_LOOKUP_MAP[line.get_drawstyle()]
     xy = np.transpose(steps(*np.array(line.get_xydata()).T))
     x, y = (line.get_transform() - line.axes.transAxes).transform(xy).T
-    points = [f"{a:.0f} {b:.0f}" for a, b in zip(1000 * x, 1000 - 1000 * y)]
+    way = matplotlib.path.Path(np.transpose([1000 * x, 1000 - 1000 * y]))
+    if len(way) > 100 and line.get_marker() == "None":
+        way.simplify_threshold = 0.5  # fewer points where it is almost straight
+        way = matplotlib.path.Path(way.cleaned(simplify=True).vertices[:-1])
+    points = [f"{a:.0f} {b:.0f}" for a, b in way.vertices]
     pen = f"<path stroke='{tone(line)}' opacity='{line.get_alpha() or 1}'"
     path = (pen + " stroke-linecap='{}' stroke-width='{}' d='{}'/>").format
     out = ""
