@@ -1140,11 +1140,12 @@ def padded_conv(u, K):
 def wraparound(steps=140):
     """The oscillator's motion by two convolutions, cut while the mass still swings. On
     the circle the tail of the swing falls on the quiet beginning."""
-    (A, B, C), t = oscillator(), np.arange(steps) * DT
-    K = np.asarray(ssm_kernel(*ssm_discretize(A, B, DT), C, STEPS))[:steps]
-    u, (fig, ax) = force(t), canvas()
-    ax.plot(t, wrapped_conv(u, K), color=ORANGE, label="FFT, unpadded: wraps around")
-    ax.plot(t, padded_conv(u, K), color=BLUE, lw=4, alpha=0.4, label="FFT, padded")
+    (A, B, C), t = oscillator(), np.arange(STEPS) * DT
+    u, K = force(t), np.asarray(ssm_kernel(*ssm_discretize(A, B, DT), C, STEPS))
+    y, cut = np.asarray(padded_conv(u, K)), slice(steps)
+    wrapped, (fig, ax) = wrapped_conv(u[cut], K[cut]), canvas()
+    ax.plot(t[cut], wrapped, color=ORANGE, label="FFT, unpadded: wraps around")
+    ax.plot(t[cut], y[cut], color=BLUE, lw=4, alpha=0.4, label="FFT, padded")
     ax.set(xlabel="time (s)", ylabel="position (m)")
     ax.legend(loc="upper center")
     return fig
