@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import measure_evidence as m
+import measure_mnist
 import numpy as np
 import pytest
 import scipy.stats
@@ -482,6 +483,29 @@ def readme_rows():
 def test_the_readme_says_what_the_record_says():
     for row in readme_rows():
         assert row in README, row
+
+
+# -- sequential MNIST -----------------------------------------------------------------
+
+
+def test_a_run_is_recorded():
+    row = dict(epoch=1, step=3, seconds=2.5)
+    said = "test: loss 0.041, accuracy 98.70%\n"
+    found = measure_mnist.record("--epochs 1", [8, 1, 1], json.dumps(row) + "\n", said)
+    assert found["epochs"] == [row] and found["test"] == pytest.approx(0.987)
+    assert found["command"] == "python annotated_s4d.py train --epochs 1"
+
+
+def test_mnist_is_as_the_words_say():
+    run = json.loads((ROOT / "assets" / "mnist.json").read_text())
+    rows, (learned, watched, n) = run["epochs"], run["images"]
+    assert learned + watched == 9000 and round(60000 / learned) == 7
+    assert "Ours saw a seventh of those images" in WORDS
+    assert [row["epoch"] for row in rows] == list(range(1, 15))
+    assert rows[-1]["step"] == len(rows) * learned // 32
+    minutes = rows[-1]["seconds"] / 60
+    sentence = f"{run['test']:.1%} of {n:,} test images after {len(rows)} epochs"
+    assert f"{sentence}, {minutes:.0f} minutes" in " ".join(README.split())
 
 
 # -- without the record ---------------------------------------------------------------
