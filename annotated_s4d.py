@@ -4220,9 +4220,10 @@ if RUN:
 #
 # From 196 to 784 samples a step of the Transformer takes more than ten times as long and
 # needs several times the memory, as it has a score for each pair of samples. The other
-# two need at most four times the time. What surprised us: at 784 samples a step of the
-# GRU takes about as long as one of S4D. The samples of a convolution need not wait for
-# each other, but that pays where much can be done at once, and these are two cores.
+# two need at most four times the time. At 196 samples a step of the GRU takes as long as
+# one of S4D, and at 784 half as long again. We had expected more. The samples of a
+# convolution need not wait for each other, but that pays where much can be done at once,
+# and these are two cores.
 
 # %%
 @figure()

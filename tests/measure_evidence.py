@@ -517,13 +517,13 @@ def main():
     parser.add_argument("--data-dir", help="the folder with MNIST's four files")
     parser.add_argument("--cost", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    s4d.keep_memory()  # as the script does
     if arguments.cost:
         kind, L = arguments.cost
         return print(json.dumps(train_cost(kind, int(L))))
     odd = set(arguments.names) - set(EXPERIMENTS)
     if odd:
         parser.error(f"unknown: {sorted(odd)}; allowed: {[*EXPERIMENTS]}")
-    s4d.keep_memory()  # as the script does
     if not set(arguments.names) or set(arguments.names) - {"delay", "cost", "steps"}:
         with changed() as everything:
             everything["settings"] = settings(arguments.data_dir)

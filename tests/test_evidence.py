@@ -432,7 +432,8 @@ def test_other_kinds_are_as_the_words_say():
     assert step["transformer"][1] > 10 * step["transformer"][0]
     assert memory[1] > 4 * memory[0]
     assert all(step[kind][1] < 4 * step[kind][0] for kind in ("s4d", "gru"))
-    assert step["gru"][1] == pytest.approx(step["s4d"][1], rel=0.25)
+    assert step["gru"][0] == pytest.approx(step["s4d"][0], rel=0.15)
+    assert 1.3 < step["gru"][1] / step["s4d"][1] < 1.7
 
 
 def test_the_next_sample_costs_what_the_words_say():
@@ -502,7 +503,7 @@ def test_mnist_is_as_the_words_say():
     assert learned + watched == 9000 and round(60000 / learned) == 7
     assert "Ours saw a seventh of those images" in WORDS
     assert [row["epoch"] for row in rows] == list(range(1, 15))
-    assert rows[-1]["step"] == len(rows) * learned // 32
+    assert rows[-1]["step"] == math.ceil(len(rows) * learned / 32)
     minutes = rows[-1]["seconds"] / 60
     sentence = f"{run['test']:.1%} of {n:,} test images after {len(rows)} epochs"
     assert f"{sentence}, {minutes:.0f} minutes" in " ".join(README.split())
