@@ -5995,6 +5995,7 @@ def explore(studio, figure, data):
     frame = EXPLORER_HTML.replace("CAPTION", html.escape(figure[1]))
     parts = {"html": frame, "css": EXPLORER_CSS, "js": EXPLORER_JS}
     mount = st.components.v2.component("explorer", **parts)
+    data = [data]  # in a dict Streamlit looks for data frames, and imports pandas for it
     poles = mount(key="explorer", data=data, on_poles_change=lambda: None).poles
     if poles:
         rows = (",".join(f"{v:g}" for v in row) for row in poles)
@@ -6514,7 +6515,7 @@ function listen(el) {
   el.observer = new ResizeObserver(() => draw(el));
 }
 
-export default function explore({ parentElement, data, setStateValue }) {
+export default function explore({ parentElement, data: [data], setStateValue }) {
   const el = part(parentElement, "explorer"), before = el.data?.poles;
   Object.assign(el, { data, setStateValue });
   if (!el.observer) listen(el);
