@@ -5995,8 +5995,8 @@ def explore(studio, figure, data):
     frame = EXPLORER_HTML.replace("CAPTION", html.escape(figure[1]))
     parts = {"html": frame, "css": EXPLORER_CSS, "js": EXPLORER_JS}
     mount = st.components.v2.component("explorer", **parts)
-    data = [data]  # in a dict Streamlit looks for data frames, and imports pandas for it
-    poles = mount(key="explorer", data=data, on_poles_change=lambda: None).poles
+    # A list, as in a dict Streamlit looks for data frames, and imports pandas for that.
+    poles = mount(key="explorer", data=[data], on_poles_change=lambda: None).poles
     if poles:
         rows = (",".join(f"{v:g}" for v in row) for row in poles)
         st.query_params["explorer.poles"] = ";".join(rows)
