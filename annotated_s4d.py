@@ -112,7 +112,6 @@ import math
 import os
 import shlex
 import signal
-import textwrap
 import threading
 import time
 import zlib
@@ -2427,8 +2426,24 @@ if RUN:
 # $$
 #
 # All but S4D acts on single samples, so the block inherits its three ways to run, and
-# its causality: output $l$ depends on inputs $0 \dots l$ and nothing later.
-#
+# its causality: output $l$ depends on inputs $0 \dots l$ and nothing later. First the
+# FFN with the normalization in front of it:
+
+# %%
+class FeedForward(nnx.Module):
+    """LayerNorm, a linear map to `width` numbers, GELU, a linear map back. (..., H)"""
+
+    def __init__(self, d_model, width, linear=Linear, *, rngs):
+        floats = dict(param_dtype=float, rngs=rngs)
+        self.norm = nnx.LayerNorm(d_model, **floats)
+        self.up = linear(d_model, width, **floats)
+        self.down = linear(width, d_model, **floats)
+
+    def __call__(self, h):
+        return self.down(gelu(self.up(self.norm(h))))
+
+
+# %% [markdown]
 # A block asks for its layer by name. `LAYERS` is the list of names, and so far it is
 # short. Appendix B adds two relatives of S4D, and then everything that is built of
 # blocks can be built of them: `kernel="s4"` is an option like any other.
@@ -2437,6 +2452,7 @@ if RUN:
 LAYERS = {"s4d": S4D}
 
 
+# %%
 class S4DBlock(nnx.Module):
     """LayerNorm, S4D, residual; LayerNorm, FFN, residual. Methods and shapes as S4D,
     but what stands after the end of a row is not zero and has no meaning.
@@ -2453,34 +2469,28 @@ class S4DBlock(nnx.Module):
             require_count("expand", expand)
         layer = functools.partial(LAYERS[kernel], d_model, d_state, rngs=rngs)
         self.ssm = layer(dropout=dropout, **options)
-        floats = dict(param_dtype=float, rngs=rngs)
-        self.norm_ssm, self.expand = nnx.LayerNorm(d_model, **floats), expand
-        if expand:
-            self.norm_ffn = nnx.LayerNorm(d_model, **floats)
-            self.up = self.ssm.linear(d_model, expand * d_model, **floats)
-            self.down = self.ssm.linear(expand * d_model, d_model, **floats)
+        self.norm = nnx.LayerNorm(d_model, param_dtype=float, rngs=rngs)
+        sizes = d_model, expand * d_model, self.ssm.linear
+        self.ffn = FeedForward(*sizes, rngs=rngs) if expand else None
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
     def around(self, u, y):
         """Add the layer's output y to its input u, then the FFN's. (..., H)"""
         h = u + self.dropout(y)
-        if not self.expand:
-            return h
-        inner = gelu(self.up(self.norm_ffn(h)))
-        return h + self.dropout(self.down(inner))
+        return h + self.dropout(self.ffn(h)) if self.ffn else h
 
     def __call__(self, u, lengths=None):
-        return self.around(u, self.ssm(self.norm_ssm(u), lengths))
+        return self.around(u, self.ssm(self.norm(u), lengths))
 
     def init_state(self, batch):
         return self.ssm.init_state(batch)
 
     def step(self, x, u):
-        x, y = self.ssm.step(x, self.norm_ssm(u))
+        x, y = self.ssm.step(x, self.norm(u))
         return x, self.around(u, y)
 
     def advance(self, x, u, lengths=None, every=False):
-        x, y = self.ssm.advance(x, self.norm_ssm(u), lengths, every)
+        x, y = self.ssm.advance(x, self.norm(u), lengths, every)
         return x, self.around(u, y)
 
 
@@ -3124,7 +3134,7 @@ def recorded(name, make, train, prepare=lambda data: data):
     if RUN or not saved.exists():
         return train()
     model = nnx.eval_shape(make)  # shapes alone: starting values take seconds
-    nnx.pop(model, nnx.RngState)  # dropout's, which is off
+    nnx.reseed(model, dropout=jax.random.key(0, impl="rbg"))
     history = load_parameters(saved, model)
     model.eval()
     return model, history, prepare(load_digits()[2])
@@ -4288,7 +4298,7 @@ if RUN:
 # %%
 if RUN:
     speed = measurements("speed")
-    print(textwrap.fill(speed.get("said", ""), 84), end="\n\n")
+    print(speed.get("said", "").replace("; ", ";\n"), end="\n\n")
     for row in speed.get("table", []):
         print("{:44s} {:11s} {:>16s} {:>11s}".format(*row))
 

@@ -254,9 +254,9 @@ def parts(turns, rates, H=128, N=64, L=784, batch=32):
     linear = 3 * 2 * batch * L * H * 2 * H  # forward, and back to input and weights
     works = {  # what, how often in a block, its work, of which kind
         "convolution": (convolve, 1, 4 * rows * fft, "FFT"),
-        "linear": (block.up, 3, linear, "product"),
+        "linear": (block.ffn.up, 3, linear, "product"),
         "GELU": (s4d.gelu, 3, 4 * u.nbytes, "copying"),
-        "LayerNorm": (block.norm_ssm, 2, 4 * u.nbytes, "copying"),
+        "LayerNorm": (block.norm, 2, 4 * u.nbytes, "copying"),
         "all of it": (block, 1, None, None),
     }
     calls = {}

@@ -372,3 +372,13 @@ def test_stepping_reads_what_the_picture_shows():
     _, stepped = s4d.run_steps(model, images[1:2])
     wanted = scipy.special.softmax(np.asarray(stepped[0], float), -1)
     np.testing.assert_allclose(s4d.beliefs(1), wanted, atol=1e-5)
+
+
+def test_a_model_read_from_its_file_can_go_on_learning():
+    model, _, (images, labels) = s4d.trained()
+    model = nnx.clone(model)
+    model.train()
+    one, other = s4d.call(model, images[:4]), s4d.call(model, images[:4])
+    assert jnp.abs(one - other).max() > 1e-3  # dropout draws anew
+    optimizer = s4d.make_optimizer(model, 100)
+    assert np.isfinite(s4d.train_step(model, optimizer, images[:8], labels[:8]))

@@ -389,12 +389,12 @@ def test_model_refuses(args, options, message):
 def test_a_block_without_ffn_is_a_residual_layer():
     block = s4d.S4DBlock(3, 8, expand=0, rngs=nnx.Rngs(0))
     u = jnp.asarray(noise(2, 9, 3))
-    y = u + s4d.call(block.ssm, block.norm_ssm(u))
+    y = u + s4d.call(block.ssm, block.norm(u))
     assert error(s4d.call(block, u), y) < 1e-6
     x, y = s4d.run_steps(block, u)
     assert error(y, s4d.call(block, u)) < 1e-5
     names = {path[0] for path, _ in nnx.to_flat_state(nnx.state(block, nnx.Param))}
-    assert names == {"ssm", "norm_ssm"}
+    assert names == {"ssm", "norm"}
 
 
 def test_gelu_against_scipy_and_its_slope():
