@@ -4263,9 +4263,11 @@ def next_sample():
 #
 # So far the models were small and their trainings short, so that there could be many.
 # Once we gave the classifier of Part 11 time: three blocks of 64 channels, all 784
-# pixels of all images of the subset, one seed, nothing chosen. The command line of
-# Appendix D did it, called by `python tests/measure_mnist.py`, which recorded it in
-# `assets/mnist.json`. The spread printed is that of drawing so many test images.
+# pixels of all images of the subset, one seed, nothing chosen. The run is one of the
+# command line of Appendix D, recorded in `assets/mnist.json`;
+# `python tests/measure_mnist.py` does the same again. The machine was shared, and the
+# run was stopped once and resumed, hence the uneven times. The spread printed is that of
+# drawing so many test images.
 
 # %%
 if RUN:
