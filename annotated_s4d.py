@@ -133,14 +133,14 @@ from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
 
 # %% [markdown]
-# One cost lies outside all models. A training step uses and frees large arrays, and the
-# C library gives freed memory back to the system, to fetch it again, page by page and
-# filled with zeros, a moment later. Where that library is glibc, we ask it to keep what
-# it has, in one place for all threads. It listens only before JAX has started its
-# threads, so we ask here. This changes a setting of the whole process: it is done when
-# this file runs, and not when it is imported.
+# One setting comes before all else. Work on large arrays uses and frees much memory, and
+# the C library gives freed memory back to the system, to fetch it again, page by page
+# and filled with zeros, a moment later. Where that library is glibc, we ask it to keep
+# what it has, in one place for all threads. A thread that has begun keeps its own place,
+# so we ask before JAX starts any. This changes the whole process: it is done when this
+# file runs, and not when it is imported.
 
-# %%
+# %% tags=["hide"] jupyter={"source_hidden": true}
 def set_allocator(*settings):
     """Set options of glibc's allocator, numbers and values. Does nothing elsewhere.
 
@@ -2176,8 +2176,8 @@ def s4d_every(A, B, C, dt, x, u, lengths, method="zoh"):
 #
 # The $H$ systems are linear and do not see each other. Two things are missing. One is a
 # nonlinearity, something that lets positive numbers pass and holds negative ones back.
-# The smooth version of it that most models take is the *GELU*: each number times
-# the share of a normal distribution that lies below it,
+# We take a smooth version of it, the *GELU* (Hendrycks and Gimpel, 2016): each number
+# times the share of a normal distribution that lies below it,
 # $\mathrm{gelu}(y) = y\,(1 + \mathrm{erf}(y/\sqrt 2))/2$. JAX has it, written with
 # $\mathrm{erfc} = 1 - \mathrm{erf}$ so that the tiny results far on the negative side
 # keep all their digits. We do not need those, and `erf` is shorter work.
@@ -2200,8 +2200,8 @@ if RUN:
 # %% [markdown]
 # The other is a linear map that mixes the channels, the same for each sample. We lay all
 # samples of a batch in one long row before it. That changes no number. But the gradient
-# of its weights is a sum over all samples, and for a sum over two axes XLA first makes a
-# transposed copy of what comes in.
+# of its weights is a sum over all samples, and for a sum over two axes, batch and time,
+# XLA, the compiler inside JAX, first makes a transposed copy of what comes in.
 
 # %%
 class Linear(nnx.Linear):
@@ -2223,10 +2223,10 @@ if RUN:
 
 
 # %% [markdown]
-# The default map is twice as wide as the layer, and its second
-# half decides, through a sigmoid, how much of the first half passes (a gated linear
-# unit, GLU). Between them *dropout* sets a random part of the numbers to zero while
-# training, so that the model does not rely on any single one.
+# The default map is twice as wide as the layer, and its second half decides, through a
+# sigmoid, how much of the first half passes (a gated linear unit, GLU). Between GELU and
+# map, *dropout* sets a random part of the numbers to zero while training, so that the
+# model does not rely on any single one.
 #
 # $$
 # y = \mathrm{act}\big( W\, \mathrm{dropout}(\mathrm{gelu}(K * u + D u)) + b \big)
@@ -5855,7 +5855,7 @@ class Studio:
             promise.set_result(article.drawing(draw(**values), article.caption(draw)))
         except Exception as error:  # it is raised where the promise is looked at
             promise.set_exception(error)
-        if time.perf_counter() - begun > 1:
+        if time.perf_counter() - begun > 1 and not promise.exception():
             self.settle()  # it has compiled
 
 

@@ -23,6 +23,9 @@ import flax
 import jax
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import annotated_s4d as s4d  # noqa: E402
+
 SETTINGS = "--dataset mnist --d-model 64 --d-state 64 --n-layers 3 --seed 0"
 
 
@@ -64,9 +67,6 @@ def main():
         if run.returncode:
             return run.returncode
         metrics = (folder / "run.jsonl").read_text(encoding="utf-8")
-    sys.path.insert(0, str(ROOT))
-    import annotated_s4d as s4d
-
     images = [len(part[0]) for part in s4d.load_mnist(options.data_dir)]
     text = json.dumps(record(settings, images, metrics, said), indent=1)
     (ROOT / "assets" / "mnist.json").write_text(text + "\n", encoding="utf-8")

@@ -46,8 +46,7 @@ def clock(monkeypatch):
 
 def test_a_ratio_is_that_of_the_medians(clock):
     forms = {"ours": clock.form(2, 2, 90), "other": clock.form(6, 6, 6)}
-    (_, median, spread), other = (r[1:] for r in m.rows("work", forms, 3, unit="ms"))
-    assert other == ("other", "6e+03 ms ± 0%", "disturbed")
+    assert [row[3] for row in m.rows("work", forms, 3)] == ["disturbed"] * 2
     forms = {"ours": clock.form(2, 2, 2), "other": clock.form(5, 6, 6)}
     assert [row[3] for row in m.rows("work", forms, 3)] == ["1.0", "3.0"]
 
@@ -58,9 +57,8 @@ def test_a_disturbed_form_has_no_ratio(clock):
 
 
 def test_the_plain_forms_compute_the_same():
-    options = dict(init="lin", rngs=nnx.Rngs(0))
     ours, plain = (
-        s4d.S4DModel(1, 3, 4, 8, 2, kernel=kernel, **options | dict(rngs=nnx.Rngs(0)))
+        s4d.S4DModel(1, 3, 4, 8, 2, init="lin", kernel=kernel, rngs=nnx.Rngs(0))
         for kernel in ("s4d", "plain")
     )
     u = jnp.asarray(noise(2, 30, 1))
@@ -70,17 +68,15 @@ def test_the_plain_forms_compute_the_same():
 
 
 @pytest.mark.parametrize("expand", [0, 2])
-def test_torch_learns_the_same_number_of_parameters(expand):
+def test_torch_has_our_parameters_and_streams_what_it_reads(expand):
     if m.torch is None:  # no requirement of this project
         pytest.skip("PyTorch is not installed")
     ours = s4d.S4DModel(1, 3, 4, 8, 2, expand=expand, rngs=nnx.Rngs(0))
     count = sum(p.size for p in m.jax.tree.leaves(nnx.state(ours, nnx.Param)))
     theirs = sum(p.numel() for p in m.torch_model(1, 3, 4, 8, 2, expand).parameters())
     assert count - theirs == 2 * 2 * 4 * 8 // 2  # their B is fixed
-    model, u = (
-        m.torch_model(1, 3, 4, 8, 2, expand),
-        m.torch.tensor(np.array(noise(2, 9, 1))),
-    )
+    model = m.torch_model(1, 3, 4, 8, 2, expand)
+    u = m.torch.tensor(np.array(noise(2, 9, 1)))
     means = model.decoder(model.body(u).mean(1)).detach()
     assert np.allclose(model.stream(u).mean(1), means, atol=1e-5)  # all is linear after
 
