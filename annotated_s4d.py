@@ -4430,6 +4430,8 @@ if RUN:
 # - R. J. Williams, J. Peng. [An Efficient Gradient-Based Algorithm for On-Line Training
 #   of Recurrent Network Trajectories](https://doi.org/10.1162/neco.1990.2.4.490). 1990.
 #   (truncated back-propagation through time)
+# - D. Hendrycks, K. Gimpel. [Gaussian Error Linear Units
+#   (GELUs)](https://arxiv.org/abs/1606.08415). 2016.
 # - A. Holtzman, J. Buys, L. Du, M. Forbes, Y. Choi. [The Curious Case of Neural Text
 #   Degeneration](https://arxiv.org/abs/1904.09751). 2019. (the nucleus)
 # - S. Rush, S. Karamcheti. [The Annotated S4](https://srush.github.io/annotated-s4/).
