@@ -124,10 +124,7 @@ import numpy as np
 import optax
 import rich.console
 import rich.progress
-import scipy.integrate
-import scipy.linalg
-import scipy.signal
-import scipy.special
+import scipy  # its modules are imported when they are first used
 from flax import nnx
 from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
@@ -4432,6 +4429,9 @@ if RUN:
 #   (truncated back-propagation through time)
 # - D. Hendrycks, K. Gimpel. [Gaussian Error Linear Units
 #   (GELUs)](https://arxiv.org/abs/1606.08415). 2016.
+# - P. Y. Simard, D. Steinkraus, J. C. Platt. [Best Practices for Convolutional Neural
+#   Networks Applied to Visual Document
+#   Analysis](https://doi.org/10.1109/ICDAR.2003.1227801). 2003. (elastic distortion)
 # - A. Holtzman, J. Buys, L. Du, M. Forbes, Y. Choi. [The Curious Case of Neural Text
 #   Degeneration](https://arxiv.org/abs/1904.09751). 2019. (the nucleus)
 # - S. Rush, S. Karamcheti. [The Annotated S4](https://srush.github.io/annotated-s4/).
@@ -5502,7 +5502,7 @@ if RUN:
 #
 # **The page walks the cells.** `streamlit run annotated_s4d.py` reads this file as text
 # and lays out its cells: prose, code, and what the notebook recorded under each. The
-# mathematics is imported while you read, once for all visitors, and draws a figure
+# mathematics is imported when you have begun to read, once for all, and draws a figure
 # again when you turn a knob.
 #
 # ### Figures without painting
@@ -5800,9 +5800,13 @@ def read_page(file, notebook):
 # in threads of its own, so that no visitor waits for what another has started.
 
 # %% tags=["page"]
-def start(work, *args):
-    """Do work(*args) in a thread that ends with the server. Returns the thread."""
-    thread = threading.Thread(target=work, args=args, daemon=True)
+def start(work, *args, after=0):
+    """Do work(*args), after so many seconds, in a thread that ends with the server.
+
+    Returns the thread.
+    """
+    thread = threading.Timer(after, work, args)
+    thread.daemon = True
     thread.start()
     return thread
 
@@ -6050,8 +6054,9 @@ def follow(training, watching):
 #
 # What is left is to walk the items. The headings of all parts and the first screen go
 # first, so that the reader has something to read and a place to go to; then part after
-# part is filled in, and meanwhile the mathematics is imported. What visitors share is
-# made once for each edition of the file and its notebook.
+# part is filled in. The mathematics is imported a little later: while the browser draws
+# the page, it needs the processor. What visitors share is made once for each edition of
+# the file and its notebook.
 
 # %% tags=["page"]
 def open_studio(file, notebook, edition):
@@ -6091,7 +6096,7 @@ def page():
             time.sleep(0.4)  # the browser shows the first screen before the rest comes
     st.html(f"<script>{SCRIPT}</script>", unsafe_allow_javascript=True)
     st.session_state.walking = False
-    start(studio.article)
+    start(studio.article, after=3)  # when the browser has drawn the page
 
 
 # %% [markdown]
@@ -6642,6 +6647,59 @@ def load_mnist(folder=None):
 
 
 # %% [markdown]
+# ### Digits on rubber
+#
+# Ten thousand images are not many, and a nudge by one pixel of 28 makes few new ones.
+# Hands differ in more: in slant, in width, in how far a loop is closed. Let us print
+# each image on rubber and pull. Every point moves by a field of displacements that
+# varies slowly over the image, and a slow field is a sum of few slow waves,
+#
+# $$
+# d(x, y) = \sum_{p, q = 0}^{3} a_{pq} \cos(\pi p x) \cos(\pi q y) , \qquad
+# 0 < x, y < 1 ,
+# $$
+#
+# with random $a_{pq}$, one sum for each of the two directions. The wave that is constant
+# moves the whole image, those with half a period turn it, slant it and stretch it, the
+# faster ones bend it. (Simard, Steinkraus and Platt, 2003, who call it *elastic
+# distortion*, smooth random noise instead.)
+
+# %%
+def pulled(images, rng, strength=0.02):
+    """Distort square images (n, L, 1) smoothly, each its own way; black comes in.
+
+    strength is the standard deviation of each wave's weight, in sides of the image.
+    After Simard, Steinkraus and Platt (2003), section 2.
+    """
+    n, side = len(images), math.isqrt(images.shape[1])
+    waves = np.cos(np.pi * np.outer((np.arange(side) + 0.5) / side, np.arange(4)))
+    weights = rng.normal(0, strength * side, (2, n, 4, 4))
+    fields = waves @ weights @ waves.T  # (2, n, side, side), in pixels
+    rows, columns = np.indices((side, side))[:, None] + fields
+    which = np.broadcast_to(np.arange(n)[:, None, None], rows.shape)
+    stack, places = images.reshape(n, side, side), [which, rows, columns]
+    moved = scipy.ndimage.map_coordinates(stack, places, order=1, cval=-1)
+    return moved.reshape(images.shape)
+
+
+# %% [markdown]
+# A digit of Part 11, enlarged, and what seven pulls make of it. You would read them all.
+
+# %%
+@figure(strength=[0.01, 0.02, 0.04])
+def digits_on_rubber(strength=0.02):
+    """A digit (left), and the same pulled in seven ways."""
+    digit = scipy.ndimage.zoom(load_digits()[0][0][0].reshape(8, 8), 4, order=1)
+    copies = np.tile(digit.reshape(1, -1, 1), (7, 1, 1))
+    copies = pulled(copies, np.random.default_rng(0), strength)
+    fig, axes = canvas(1, 8, 1.3)
+    for ax, image in zip(axes, [digit, *copies]):
+        ax.imshow(image.reshape(32, 32), vmin=-1, vmax=1)
+        ax.set(xticks=[], yticks=[])
+    return fig
+
+
+# %% [markdown]
 # ### Several devices
 #
 # The gradient of a batch is the mean of the gradients of its rows. So the rows can be
@@ -7017,14 +7075,16 @@ SETTINGS = {  # flag: type, default, least, most, what it is
     "d-model": (int, 64, 1, 4096, "channels of the model"),
     "d-state": (int, 64, 2, 4096, "size of each channel's state, even"),
     "n-layers": (int, 3, 1, 100, "blocks"),
+    "expand": (int, 2, 0, 64, "width of the FFN in channels' widths; 0: no FFN"),
     "epochs": (int, None, 1, 10**5, "passes through the images; 40, or 10 for mnist"),
     "batch-size": (int, 32, 1, 10**5, "images in a batch"),
     "lr": (float, 4e-3, 0, 1, "learning rate"),
     "ssm-lr": (float, 1e-3, 0, 1, "learning rate of A, B and dt"),
     "weight-decay": (float, 0.05, 0, 1, "weight decay, not of A, B and dt"),
     "dropout": (float, 0.1, 0, 0.99, "share of the numbers set to zero"),
-    "seed": (int, 0, 0, 2**32 - 1, "of parameters, order, nudges and dropout"),
+    "seed": (int, 0, 0, 2**32 - 1, "of parameters, order, augmentation and dropout"),
 }
+AUGMENTS = {"none": None, "nudge": nudged, "pull": pulled}
 
 
 # %% [markdown]
@@ -7082,6 +7142,7 @@ def make_parser():
         read = within(kind, *ends, step=2 if flag == "d-state" else 1)
         value = "" if default is None else f" ({default})"
         add(f"--{flag}", type=read, default=default, metavar="N", help=what + value)
+    add("--augment", choices=AUGMENTS, help="change of images (nudge; mnist: pull)")
     add("--init", choices=INITS, default="legs", help="start of A, see Part 7 (legs)")
     add("--checkpoint-dir", metavar="FOLDER", help="for checkpoints, one each epoch")
     add("--resume", action="store_true", help="go on from the last good checkpoint")
@@ -7125,7 +7186,8 @@ def read_options(arguments):
     for sentence, wrong in complaints(o):
         if wrong:
             train.error(sentence)
-    o.epochs = o.epochs or {"digits": 40, "mnist": 10}[o.dataset]
+    epochs, augment = {"digits": (40, "nudge"), "mnist": (10, "pull")}[o.dataset]
+    o.epochs, o.augment = o.epochs or epochs, o.augment or augment
     words = ["python", "annotated_s4d.py", *arguments, *["--resume"] * (not o.resume)]
     o.again = shlex.join(words)
     return o
@@ -7141,13 +7203,15 @@ def make_run(o):
     sets = load_digits() if o.dataset == "digits" else load_mnist(o.data_dir)
     n = len(sets[0][0])
     require(o.batch_size <= n, f"--batch-size is {o.batch_size}", f"1 to {n} images")
-    names = ["dataset", "init", *(flag.replace("-", "_") for flag in SETTINGS)]
+    flags = "dataset", "augment", "init", *SETTINGS
+    names = [flag.replace("-", "_") for flag in flags]
     config = {name: getattr(o, name) for name in names}
     config["images"] = checksum({f"{i}": part for i, part in enumerate(sum(sets, ()))})
     sizes = o.d_model, o.d_state, o.n_layers
-    model = digit_model(o.seed, *sizes, dropout=o.dropout, init=o.init)
+    options = dict(dropout=o.dropout, init=o.init, expand=o.expand)
+    model = digit_model(o.seed, *sizes, **options)
     rates = dict(lr=o.lr, ssm_lr=o.ssm_lr, weight_decay=o.weight_decay)
-    settings = dict(epochs=o.epochs, seed=o.seed, augment=nudged, **rates)
+    settings = dict(epochs=o.epochs, seed=o.seed, augment=AUGMENTS[o.augment], **rates)
     return DeviceRun(model, *sets[:2], o.batch_size, **settings), config, sets[2]
 
 

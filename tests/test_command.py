@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.ndimage
 from flax import nnx
 
 import annotated_s4d as s4d
@@ -98,6 +99,7 @@ def test_other_arguments_are_refused(capsys, no_data, tmp_path):
         ("train", "--fly"): "unrecognized arguments: --fly",
         ("train", "--dataset", "cats"): "invalid choice: 'cats'",
         ("train", "--init", "hippo"): "invalid choice: 'hippo'",
+        ("train", "--augment", "flip"): "invalid choice: 'flip'",
         ("train", "--data-dir", tmp_path): "--data-dir is for --dataset mnist",
         ("train", "--dataset=mnist", "--data-dir", tmp_path / "no"): "no is no folder",
         ("train", "--resume"): "--resume needs --checkpoint-dir",
@@ -602,7 +604,7 @@ def test_a_checkpoint_of_another_run_is_refused(made, place, tmp_path):
 def test_config_holds_every_setting_that_has_a_say(made, place):
     _, config = made
     settings = {flag.replace("-", "_") for flag in s4d.SETTINGS}
-    assert config.keys() == settings | {"dataset", "init", "images"}
+    assert config.keys() == settings | {"dataset", "augment", "init", "images"}
 
 
 def test_nothing_to_go_on_with_is_a_beginning(made, tmp_path):
@@ -658,6 +660,65 @@ def test_nudges_of_other_sizes():
     places, counts = np.unique(moved[:, :, 0].argmax(1), return_counts=True)
     around = [28 * (3 + i) + 14 + j for i in (-1, 0, 1) for j in (-1, 0, 1)]
     assert places.tolist() == around and counts.argmax() == 4
+
+
+def smooth(images, strength, seed=0):
+    return s4d.pulled(images, np.random.default_rng(seed), strength)
+
+
+def test_a_pull_is_what_the_formula_says():
+    """Against SciPy image by image, the field summed wave by wave."""
+    images = np.random.default_rng(1).normal(size=(3, 64, 1)).astype(np.float32)
+    a = np.random.default_rng(0).normal(0, 0.05 * 8, (2, 3, 4, 4))
+    x = (np.arange(8) + 0.5) / 8
+    for i, out in enumerate(smooth(images, 0.05)):
+        fields = sum(
+            a[:, i, p, q, None, None]
+            * np.cos(np.pi * p * x)[:, None]
+            * np.cos(np.pi * q * x)
+            for p in range(4)
+            for q in range(4)
+        )
+        places = np.indices((8, 8)) + fields
+        right = scipy.ndimage.map_coordinates(
+            images[i].reshape(8, 8), places, order=1, cval=-1
+        )
+        assert np.abs(out.reshape(8, 8) - right).max() < 1e-5
+    assert smooth(images, 0.05).dtype == np.float32
+
+
+def test_pulls_are_smooth_different_and_reproducible():
+    images = np.tile(np.linspace(-1, 1, 28), (50, 28)).reshape(50, 784, 1)
+    assert np.allclose(smooth(images, 0.0), images)
+    one, again, other = (smooth(images, 0.02, seed) for seed in (0, 0, 1))
+    assert (one == again).all() and not np.allclose(one, other)
+    assert np.ptp(one, 0).max() > 0.1  # each its own way
+    assert one.min() >= -1 and one.max() <= 1
+    # a slope of 2/27 a pixel shows the field itself, away from the border
+    inner = (one - images).reshape(50, 28, 28)[:, 9:19, 9:19] / (2 / 27)
+    waves = np.cos(np.pi * np.outer(np.arange(4), np.arange(9, 19) + 0.5) / 28)
+    spread = (0.02 * 28) * np.sqrt(np.outer((waves**2).sum(0), (waves**2).sum(0)))
+    assert np.abs(inner.std(0) / spread - 1).mean() < 0.15
+
+
+@pytest.mark.parametrize("dataset, augment", [("digits", "nudge"), ("mnist", "pull")])
+def test_each_dataset_has_its_augmentation(dataset, augment):
+    read = s4d.read_options(["train", "--dataset", dataset])
+    assert read.augment == augment
+    read = s4d.read_options(["train", "--dataset", dataset, "--augment", "none"])
+    assert read.augment == "none" and s4d.AUGMENTS["none"] is None
+
+
+def test_augmentation_and_expand_reach_the_run(monkeypatch):
+    part = np.zeros((40, 16, 1), np.float32), np.arange(40) % 10
+    monkeypatch.setattr(s4d, "load_digits", lambda: [part] * 3)
+    for augment, expand in {"none": 0, "pull": 1}.items():
+        words = f"train --augment {augment} --expand {expand} --d-model 4 --d-state 4"
+        run, config, _ = s4d.make_run(s4d.read_options(words.split()))
+        assert run.feed.keywords["augment"] is s4d.AUGMENTS[augment]
+        assert config["augment"] == augment and config["expand"] == expand
+        ffn = run.model.stack.blocks[0].ffn
+        assert ffn is None if expand == 0 else ffn.up.out_features == 4
 
 
 def test_evaluate_in_portions_is_evaluate():
