@@ -4,8 +4,8 @@
     python tests/measure_mnist.py --data-dir DIR      reads its four files from a folder
 
 Starts `annotated_s4d.py train` and keeps what that reports in assets/mnist.json, which
-Part 13 reads. A run that was stopped goes on where it was if --folder and --resume are
-given.
+Part 13 reads. A run that was stopped goes on where it was: its checkpoints are in
+--folder until it has ended.
 """
 
 import argparse
@@ -14,6 +14,8 @@ import os
 import platform
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,7 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import annotated_s4d as s4d  # noqa: E402
 
-SETTINGS = "--dataset mnist --d-model 64 --d-state 64 --n-layers 3 --seed 0"
+SETTINGS = (
+    "--dataset mnist --d-model 64 --d-state 64 --n-layers 3 --expand 0 "
+    "--lr 0.01 --dropout 0 --seed 0"
+)
 
 
 def record(settings, images, metrics, said):
@@ -46,30 +51,33 @@ def record(settings, images, metrics, said):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", help="folder with MNIST's four files")
-    parser.add_argument("--folder", help="for checkpoints (a temporary one)")
-    parser.add_argument("--resume", action="store_true", help="go on in that folder")
-    parser.add_argument("--epochs", type=int, default=14, help="(14)")
+    place = Path(tempfile.gettempdir()) / "annotated_s4d_mnist"
+    parser.add_argument(
+        "--folder", type=Path, default=place, help=f"for checkpoints ({place})"
+    )
+    parser.add_argument("--epochs", type=int, default=30, help="(30)")
     options = parser.parse_args()
     settings = f"{SETTINGS} --epochs {options.epochs}"
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(options.folder or temporary)
-        words = [*shlex.split(settings), "--checkpoint-dir", folder / "run"]
-        words += ["--metrics", folder / "run.jsonl"]
-        if options.data_dir:
-            words += ["--data-dir", options.data_dir]
-        words += ["--resume"] * options.resume
-        command = [sys.executable, ROOT / "annotated_s4d.py", "train", *words]
-        said = ""
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
-            for line in run.stdout:
-                print(line, end="", flush=True)
-                said = line
-        if run.returncode:
-            return run.returncode
-        metrics = (folder / "run.jsonl").read_text(encoding="utf-8")
+    folder = options.folder
+    folder.mkdir(exist_ok=True)
+    words = [*shlex.split(settings), "--checkpoint-dir", folder / "run"]
+    words += ["--metrics", folder / "run.jsonl"]
+    if options.data_dir:
+        words += ["--data-dir", options.data_dir]
+    words += ["--resume"] * (folder / "run").exists()
+    command, said = [sys.executable, ROOT / "annotated_s4d.py", "train", *words], ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run ends itself, and saves
+        for line in run.stdout:
+            print(line, end="", flush=True)
+            said = line
+    if run.returncode:
+        return run.returncode
+    metrics = (folder / "run.jsonl").read_text(encoding="utf-8")
     images = [len(part[0]) for part in s4d.load_mnist(options.data_dir)]
     text = json.dumps(record(settings, images, metrics, said), indent=1)
     (ROOT / "assets" / "mnist.json").write_text(text + "\n", encoding="utf-8")
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

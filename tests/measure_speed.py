@@ -155,6 +155,11 @@ def take_turns(forms, turns):
     return {name: (q[1], (q[2] - q[0]) / q[1]) for name, q in quartiles.items()}
 
 
+def short(value):
+    """A number with three digits that count."""
+    return f"{float(f'{value:.3g}'):,g}"
+
+
 def rows(what, forms, turns, scale=1e3, unit="ms"):
     """Measure forms, ours first. Yields the rows of the table."""
     results = take_turns(forms, turns)
@@ -163,7 +168,7 @@ def rows(what, forms, turns, scale=1e3, unit="ms"):
         ratio = f"{median / ours:.1f}"
         if max(spread, calm) > 0.25:
             ratio = "disturbed"
-        yield what, name, f"{scale * median:.3g} {unit} ± {spread:.0%}", ratio
+        yield what, name, f"{short(scale * median)} {unit} ± {spread:.0%}", ratio
 
 
 def blocked(f, *args):
@@ -275,7 +280,7 @@ def parts(turns, rates, H=128, N=64, L=784, batch=32):
     for name, (median, spread) in take_turns(calls, turns).items():
         _, times, work, kind = works[name]
         share = f"{work / rates[kind] / median:.0%} {kind}" if kind else ""
-        said = f"{times} x {1e3 * median:.3g} ms ± {spread:.0%}"
+        said = f"{times} x {short(1e3 * median)} ms ± {spread:.0%}"
         yield "in a block, forward and back", name, said, share
 
 
