@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from pathlib import Path
 
 # Most of a test is compilation, and no test measures speed: let LLVM not optimize. One
@@ -34,3 +35,11 @@ def x64(request):
     """Run a test in float32 and again in float64."""
     with jax.enable_x64(request.param):
         yield request.param
+
+
+def pytest_sessionfinish():
+    """Let the page's threads end, or not begin: they may be importing JAX just now."""
+    for thread in threading.enumerate():
+        if isinstance(thread, threading.Timer):
+            thread.cancel()
+            thread.join()

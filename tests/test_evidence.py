@@ -246,7 +246,9 @@ def test_the_record_says_where_it_comes_from_and_is_whole():
         assert RECORD[key], key
     assert set(RECORD["versions"]) == {"python", "jax", "flax"}
     assert RECORD["seeds"] == [0, 1, 2]
-    assert RECORD["settings"]["small"]["images"] == [4000, 500, 1000]
+    for task, length in {"small": 196, "whole": 784}.items():
+        assert RECORD["settings"][task]["images"] == [4000, 500, 1000]
+        assert RECORD["settings"][task]["length"] == length
     for name in m.EXPERIMENTS:
         for group, variants in RECORD[name].items():
             for variant, runs in variants.items():
@@ -391,18 +393,29 @@ def test_starts_and_ablations_are_as_the_words_say():
         for before in order[:place]:
             assert starts[name].mean() < starts[before].mean()
             assert apart(starts[name], starts[before])
-    small = {name: values("initializations", "small", name) for name in m.SMALL_INITS}
-    assert "On MNIST `real` is as far behind, but `rand` is inside the noise" in WORDS
-    assert apart(small["real"], small["legs"])
-    assert small["legs"].mean() - small["real"].mean() > 0.3
+    assert "On MNIST, at both lengths, `real` is as far behind and `quad` is" in WORDS
+    assert "inside the noise at 196 pixels, behind it by little at 784" in WORDS
+    for task, odd in {"small": "inv", "whole": "rand"}.items():
+        mnist = {name: values("initializations", task, name) for name in m.INITS}
+        base = mnist.pop("legs")
+        assert {n for n, v in mnist.items() if apart(v, base)} == {"quad", "real", odd}
+        gain = {name: v.mean() - base.mean() for name, v in mnist.items()}
+        assert gain["real"] < -0.3 and gain["quad"] < -0.05
+        assert gain[odd] > 0 if odd == "inv" else -0.02 < gain[odd] < 0
+    assert "At 196 pixels `inv` is better than `legs`, and told apart, at 784" in WORDS
     assert starts["legs"].mean() - starts["real"].mean() > 0.3
-    assert not apart(small["rand"], small["legs"])
-    changed = {name: values("ablations", "digits", name) for name in m.ABLATIONS}
-    told = {name for name, v in changed.items() if apart(v, starts["legs"])}
-    assert told == {"dt / 10", "dt * 10"}  # "only the range of Delta matters"
     assert "only the range of $\\Delta$ matters" in WORDS
-    gain = {name: changed[name].mean() - starts["legs"].mean() for name in told}
-    assert gain["dt / 10"] < -0.2 and 0 < gain["dt * 10"] < 0.02
+    for task, others in {
+        "digits": {"dt / 10", "dt * 10"},
+        "small": {"dt / 10"},
+    }.items():
+        base = values("initializations", task, "legs")
+        changed = {name: values("ablations", task, name) for name in m.ABLATIONS}
+        told = {name for name, v in changed.items() if apart(v, base)}
+        assert told == others
+        gain = {name: v.mean() - base.mean() for name, v in changed.items()}
+        assert gain["dt / 10"] < -0.2
+        assert 0 < gain["dt * 10"] < 0.02
 
 
 def test_another_resolution_is_as_the_words_say():
@@ -462,8 +475,8 @@ def readme_rows():
     """The rows of the README's tables on the evidence."""
     for name in m.INITS:
         accuracy = [
-            reached("initializations", task, name) if name in starts else "–"
-            for task, starts in (("digits", m.INITS), ("small", m.SMALL_INITS))
+            reached("initializations", task, name)
+            for task in ("digits", "small", "whole")
         ]
         errors = [
             f"{mean('delay', '1024', name, key=key):.3f}"
@@ -502,7 +515,9 @@ def test_mnist_is_as_the_words_say():
     rows, (learned, watched, n) = run["epochs"], run["images"]
     assert learned + watched == 9000 and round(60000 / learned) == 7
     assert "Ours saw a seventh of those images" in WORDS
-    assert [row["epoch"] for row in rows] == list(range(1, 15))
+    assert [row["epoch"] for row in rows] == list(range(1, 31))
+    for words in ("--n-layers 3", "--d-model 64", "--expand 0", "--dropout 0 ", "0.01"):
+        assert words in run["command"]  # "no FFN, no dropout, a rate of 0.01"
     assert rows[-1]["step"] == math.ceil(len(rows) * learned / 32)
     minutes = rows[-1]["seconds"] / 60
     sentence = f"{run['test']:.1%} of {n:,} test images after {len(rows)} epochs"
