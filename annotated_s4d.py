@@ -4286,7 +4286,8 @@ if RUN:
         spread = math.sqrt(test * (1 - test) / n)
         print(f"test accuracy {test:.1%} ± {spread:.1%}, of {n:,} images")
         epoch = min(np.diff([0] + [row["seconds"] for row in rows])) / 60
-        print(f"at its best rate all epochs would take {epoch * len(rows):.0f} minutes,")
+        total = epoch * len(rows)
+        print(f"at its best rate all epochs would take {total:.0f} minutes,")
         print(f"and one epoch of 60,000 images {epoch * 60000 / learned:.1f} minutes")
 
 
@@ -5682,7 +5683,6 @@ def explorer_data():
 
 # %% tags=["page"]
 import ast
-import functools  # noqa: F811
 import gc
 import html  # noqa: F811
 import importlib
@@ -5752,33 +5752,18 @@ def read_outputs(sources, path):
 
 
 # %% [markdown]
-# Code is coloured by [Pygments](https://pygments.org) and can be folded. Every cell
-# becomes an item of the page: text, or HTML with the figures that belong below it.
+# Code can be folded. Every cell becomes an item of the page: text, or HTML with the
+# figures that belong below it.
 
 # %% tags=["page"]
-@functools.cache
-def painter():
-    """A function that colours code."""
-    import pygments
-    from pygments.formatters import HtmlFormatter
-    from pygments.lexers import PythonLexer
-
-    tools = dict(lexer=PythonLexer(), formatter=HtmlFormatter(nowrap=True))
-    return functools.partial(pygments.highlight, **tools)
-
-
 def code_html(source):
     """A code cell as HTML: a title to fold it by, the code, a button to copy it."""
     names = re.findall(r"^(?:def|class) (\w+)", source, re.M)
     first = next((x for x in source.splitlines() if x.strip() and x[0] not in "@#"), "")
     title = html.escape(", ".join(names) or first)
-    code = painter()(source)
-    plain = r'<span class="(?:[nopw]|nn|nb|bp|w|fm|sa|si)">([^<]*)</span>'
-    code = re.sub(plain, r"\1", code)  # most words need no colour
     return (
-        f'<details class="code"><summary>{title}</summary>'
-        f'<button title="copy this cell">copy</button><pre><code>{code}</code></pre>'
-        "</details>"
+        f'<details class="code"><summary>{title}</summary><button title="copy this '
+        f'cell">copy</button><pre><code>{html.escape(source)}</code></pre></details>'
     )
 
 
@@ -6092,6 +6077,7 @@ def page():
 
     st.set_page_config(page_title="The Annotated S4D", page_icon="🌊")
     st.html(f"<style>{CSS}</style>")
+    st.html(f"<script>{SCRIPT}</script>", unsafe_allow_javascript=True)
     with st.sidebar:
         st.html(contents(headings))
         unfolded = st.toggle("show code", True, key="code", bind="query-params")
@@ -6111,7 +6097,6 @@ def page():
                 show_item(item, unfolded, studio, training)
         if first and number == 0:
             time.sleep(0.4)  # the browser shows the first screen before the rest comes
-    st.html(f"<script>{SCRIPT}</script>", unsafe_allow_javascript=True)
     st.session_state.walking = False
     start(studio.article, after=3)  # when the browser has drawn the page
 
@@ -6125,7 +6110,7 @@ def show_item(item, unfolded, studio, training):
     if "prose" in item:
         st.markdown(item["prose"])
         return
-    code = st.cache_data(max_entries=400, show_spinner=False)(code_html)(item["code"])
+    code = code_html(item["code"])
     if unfolded and not item["fold"]:
         code = code.replace("<details", "<details open", 1)
     st.html(code + item["printed"])
@@ -6189,11 +6174,11 @@ CSS += """
   border-radius: 4px; padding: 0.1rem 0.5rem; background: #767676; color: white; }
 .code:hover button, .code button:focus { opacity: 0.9; }
 .printed { background: none; border-left: 3px solid #2f9e6e88; opacity: 0.85; }
-.code .k, .code .kn, .code .kc, .code .ow { color: light-dark(#8a3fb0, #c99af0); }
-.code .s1, .code .s2 { color: light-dark(#1f7a4d, #7fd0a5); }
-.code .sd, .code .c1 { color: light-dark(#6a6f76, #9aa0a8); font-style: italic; }
-.code .nf, .code .nc, .code .nd { color: light-dark(#1d6fb8, #7db8ef); }
-.code .mi, .code .mf { color: light-dark(#b3541e, #eda36f); }
+::highlight(keyword) { color: light-dark(#8a3fb0, #c99af0); }
+::highlight(text) { color: light-dark(#1f7a4d, #7fd0a5); }
+::highlight(remark) { color: light-dark(#6a6f76, #9aa0a8); }
+::highlight(name) { color: light-dark(#1d6fb8, #7db8ef); }
+::highlight(number) { color: light-dark(#b3541e, #eda36f); }
 """
 
 # %% [markdown]
@@ -6239,11 +6224,50 @@ figcaption { margin-top: 0.6rem; font-size: 0.875rem; line-height: 1.5; opacity:
 """
 
 # %% [markdown]
-# And a few lines for the browser: the button that copies, and the mark in the table of
-# contents for the section in view.
+# And a few lines for the browser. It colours the code itself: a pattern finds the words
+# of each kind, and their ranges get its colour. To mark up every word in HTML costs both
+# sides more time, to write it and to read it.
 
 # %% tags=["page"]
-SCRIPT = """
+SCRIPT = r"""
+const KINDS = {
+  remark: '#.*|"{3}[^]*?"{3}',
+  text: `[rf]?(?:"(?:\\\\.|[^"\\\\\n])*"|'(?:\\\\.|[^'\\\\\n])*')`,
+  keyword: "\\b(?:and|as|assert|async|await|break|class|continue|def|del|elif|else|" +
+    "except|finally|for|from|global|if|import|in|is|lambda|nonlocal|not|or|pass|" +
+    "raise|return|try|while|with|yield|None|True|False)\\b",
+  name: "(?<=\\b(?:def|class) )\\w+|@[a-z][\\w.]*",
+  number: "\\b\\d[\\d_]*(?:\\.\\d*)?(?:e-?\\d+)?j?",
+};
+const kinds = Object.entries(KINDS), groups = kinds.map(([k, v]) => `(?<${k}>${v})`);
+const WORD = new RegExp(groups.join("|"), "g");
+function colour(code) {
+  const text = code.firstChild;
+  for (const { 0: word, index, groups } of text.data.matchAll(WORD)) {
+    const kind = Object.keys(groups).find((k) => groups[k]), end = index + word.length;
+    const range = { startContainer: text, startOffset: index };
+    Object.assign(range, { endContainer: text, endOffset: end });
+    CSS.highlights.get(kind).add(new StaticRange(range));
+  }
+  code.className = "coloured";
+}
+function colourAll() {
+  document.querySelectorAll(".code code:not(.coloured)").forEach(colour);
+}
+if (CSS.highlights) {  // else the code stays black
+  for (const [kind] of kinds) CSS.highlights.set(kind, new Highlight());
+  colourAll();
+  const all = { childList: true, subtree: true };
+  new MutationObserver(colourAll).observe(document.querySelector(".stMain"), all);
+}
+"""
+
+# %% [markdown]
+# Then the button that copies, and the mark in the table of contents for the section in
+# view.
+
+# %% tags=["page"]
+SCRIPT += """
 document.addEventListener("click", (event) => {
   const button = event.target.closest(".code button");
   if (!button) return;
@@ -6706,13 +6730,14 @@ def pulled(images, rng, strength=0.02):
 # %%
 @figure(strength=[0.01, 0.02, 0.04])
 def digits_on_rubber(strength=0.02):
-    """A digit (left), and the same pulled in seven ways."""
-    digit = scipy.ndimage.zoom(load_digits()[0][0][0].reshape(8, 8), 4, order=1)
+    """A digit (upper left), and what seven random pulls have made of it."""
+    digit = np.pad(load_digits()[0][0][0].reshape(8, 8), 1, constant_values=-1)
+    digit = scipy.ndimage.zoom(digit, 4, order=1)
     copies = np.tile(digit.reshape(1, -1, 1), (7, 1, 1))
     copies = pulled(copies, np.random.default_rng(0), strength)
-    fig, axes = canvas(1, 8, 1.3)
-    for ax, image in zip(axes, [digit, *copies]):
-        ax.imshow(image.reshape(32, 32), vmin=-1, vmax=1)
+    fig, axes = canvas(2, 4, 3.6)
+    for ax, image in zip(axes.flat, [digit, *copies]):
+        ax.imshow(image.reshape(40, 40), vmin=-1, vmax=1)
         ax.set(xticks=[], yticks=[])
     return fig
 

@@ -5,6 +5,7 @@ CI (the variable CI is set), where that is a failure.
 """
 
 import json
+import keyword
 import os
 import re
 import shutil
@@ -12,7 +13,9 @@ import socket
 import subprocess
 import sys
 import time
+import tokenize
 import urllib.request
+from collections import Counter
 from pathlib import Path
 
 import jupytext
@@ -101,6 +104,7 @@ def ready(tab):
         arg=len(CAPTIONS) - 1,
         timeout=90_000,
     )
+    tab.locator(".explorer").wait_for()  # a component, in a tree of its own
 
 
 def wait_until(condition):
@@ -205,12 +209,17 @@ def pale_texts(tab):
           const paper = getComputedStyle(document.querySelector(".stApp"))
             .backgroundColor;
           const texts = document.querySelectorAll(
-            ".stMarkdown p, .code span, .panel .title, .panel .x span, nav a");
-          return [...texts].filter(e => e.textContent.trim()).filter(e => {
-            const a = light(rgb(getComputedStyle(e).color, paper));
+            ".stMarkdown p, .code code, .panel .title, .panel .x span, nav a");
+          const pale = (e, part) => {
+            const a = light(rgb(getComputedStyle(e, part).color, paper));
             const b = light(rgb(paper, paper));
             return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) < 3;
-          }).map(e => e.textContent).slice(0, 5);
+          };
+          const code = document.querySelector(".code code");
+          const kinds = [...CSS.highlights.keys()].filter(
+            (kind) => pale(code, `::highlight(${kind})`));
+          return [...texts].filter(e => e.textContent.trim()).filter(e => pale(e))
+            .map(e => e.textContent).concat(kinds).slice(0, 5);
         }"""
     )
 
@@ -356,6 +365,42 @@ def test_code_folds_and_copies(desk):
     assert desk.locator(".printed").count() > 20  # the numbers stay
     switch.click()
     desk.wait_for_function("document.querySelectorAll('.code[open]').length > 50")
+
+
+def test_code_is_coloured(desk):
+    """The words of each kind, against Python's own tokens."""
+    marked = desk.evaluate(
+        """() => Object.fromEntries([...CSS.highlights].map(([kind, ranges]) =>
+          [kind, [...ranges].filter(r => r.startContainer.isConnected).map(r =>
+            r.startContainer.data.slice(r.startOffset, r.endOffset))]))"""
+    )
+    tokens = {kind: [] for kind in marked}
+    for cell in jupytext.read(FILE).cells:
+        if cell.cell_type == "code":
+            before = None
+            lines = iter((cell.source + "\n").splitlines(True))
+            for token in tokenize.generate_tokens(lambda lines=lines: next(lines, "")):
+                kind, word = token.type, token.string
+                if kind == tokenize.COMMENT or word.lstrip("r").startswith('"""'):
+                    tokens["remark"].append(word.lstrip("r"))
+                elif kind == tokenize.STRING:
+                    tokens["text"].append(word)
+                elif kind == tokenize.NUMBER:
+                    tokens["number"].append(word)
+                elif keyword.iskeyword(word):
+                    tokens["keyword"].append(word)
+                elif before in ("def", "class"):
+                    tokens["name"].append(word)
+                before = word
+    tokens["name"] += [w for w in marked["name"] if w.startswith("@")]
+    for kind, words in tokens.items():  # in f-strings later versions see more tokens
+        ours, theirs = (
+            Counter(w for w in part if not w.startswith(("f'", 'f"')))
+            for part in (marked[kind], words)
+        )
+        odd = (ours - theirs) + (theirs - ours)
+        assert len(words) > 100
+        assert sum(odd.values()) < 0.05 * len(words), (kind, odd.most_common(9))
 
 
 def test_on_paper_there_is_no_sidebar(desk):
