@@ -316,7 +316,7 @@ def require_choice(name, value, choices):
 # | symbol | in the code | shape | what it is |
 # |:-------|:------------|:------|:-----------|
 # | $u, y$ | `u`, `y` | `(..., L)` | input and output, one number per sample |
-# | $x$ | `x` | `(..., N)`, later `(..., N/2)` | the state, and nothing else is called `x` |
+# | $x$ | `x` | `(..., N)`, later `(..., N/2)` | the state; nothing else of the system is called `x` |
 # | $A$ | `A` | `(N, N)`, later `(H, N/2)` | how the state moves by itself |
 # | $B, C$ | `B`, `C` | `(N,)`, later `(H, N/2)` | how the input enters, how the output is read |
 # | $D$ | `D` | `(H,)` | the part of the input that passes straight through |
@@ -787,7 +787,7 @@ if RUN:
     B_eig_bar = (poles_bar - 1) / poles * B_eig
     x, y_eig = np.zeros(2, complex), []
     for u_k in u:
-        x = poles_bar * x + B_eig_bar * u_k  # one multiplication for each mode
+        x = poles_bar * x + B_eig_bar * u_k  # each mode by its own pole
         y_eig.append(C_eig @ x)
     agree("diagonal", np.real(y_eig), "dense", y)
     print("largest imaginary part of y:", np.abs(np.imag(y_eig)).max())
@@ -1685,8 +1685,11 @@ if RUN:
 # keeps the other term, $-\tfrac12 B B^\top$, a matrix of rank one, and needs a
 # complicated kernel for it. **S4D-LegS drops it**: all real parts are $-\tfrac12$, and
 # the frequencies are those of $S$, of which we keep the positive half. A layer keeps
-# these poles and nothing else. It starts from $B_n = 1$ and random $C_n$: it has the
-# modes that the polynomials are made of, and must learn which sums of them to form.
+# these poles and nothing else. It starts from $B_n = 1$ and random $C_n$. So what it
+# has of LegS is not the memory itself but the modes that memory is made of: frequencies
+# from slow to fast, without a common period, all fading alike. Which sums of them to form
+# it must learn. What such a spread is worth, beside poles drawn at random, is measured at
+# the end of this part and in Part 13.
 #
 # The approximation gets better as $N$ grows (S4D paper, theorem 3), in a weak sense. In
 # the picture below the *responses* to a smooth input meet, and the *kernels* do not,
@@ -1902,9 +1905,8 @@ def basis_kernels(N=32, log10_dt=-2.0):
         K = np.exp(np.outer(slowest, l * 10**log10_dt)).real
         offsets = 2.2 * np.arange(len(K))[:, None]
         bottom.plot(l, (K - offsets).T, lw=0.9, color=GREEN)
-        bottom.set(yticks=[], xticks=[0, 500])
     axes[0, 0].set(yscale="symlog", ylabel="$\\Im A$", xlim=(-18, 2))
-    axes[1, 0].set(ylabel="basis kernels")
+    axes[1, 0].set(yticks=[], xticks=[0, 500], ylabel="basis kernels")
     fig.supxlabel("step $l$", fontsize=11)
     return fig
 
@@ -1979,7 +1981,8 @@ if RUN:
 
 # %% [markdown]
 # In the picture $\Delta = 2^{-9}$. Real modes only fade, and these random ones are
-# slow: no weights can make a narrow bump of them, so far in the past.
+# slow: no weights that a computer can hold make a narrow bump of them, so far in the
+# past.
 
 # %%
 @figure(width=(8, 64), log2_dt=(-11, -7))
@@ -2006,7 +2009,7 @@ def memory_of_a_delay(width=16, log2_dt=-9):
 # smallest $\Delta$, which slow its modes down, and useless at the two largest. `quad`
 # has only few slow modes. `rand`, $e^{\mathcal N(0,1)}$, lies around one radian per
 # second, too slow for a bump this narrow: not randomness is its fault, but the wrong
-# range. And `real` fails at all four. Its eigenvalues are those of LegS itself, but
+# range. And `real` fails at all four. Its poles are the slower half of LegS's own, but
 # fading curves resemble each other so much that only enormous weights, beyond the digits
 # of a computer, could make a narrow bump of them.
 #
@@ -2396,10 +2399,11 @@ if RUN:
 
 # %% [markdown]
 # What does it cost to run the layer on a stream? The state holds $H \cdot N/2$ complex
-# numbers, however long the past. A step discretizes anew, three exponentials and a short
-# series for each mode, and multiplies each a few times: $O(HN)$. The mixing map takes
-# $2H^2$ multiplications. Nothing grows with the length, where
-# a Transformer would keep every sample and look at all of them again at each step.
+# numbers, however long the past. A step discretizes anew, three exponentials and a
+# short series for each mode, and multiplies each a few times: $O(HN)$. The mixing map
+# takes $2H^2$ multiplications (and in a block, Part 9, the FFN $4H^2$). Nothing grows
+# with the length, where a Transformer would keep every sample and look at all of them
+# again at each step.
 #
 # *What stands: a layer with three ways to run and one meaning. Exercise: from the
 # shapes above, how many parameters has a layer of width $H$ and state $N$?*
@@ -2799,7 +2803,7 @@ def load_digits():
         raise ModuleNotFoundError("the digits are inside scikit-learn; install it")
     table = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
     digits = np.random.default_rng(0).permutation(np.loadtxt(table, delimiter=","))
-    images = digits[:, :64, None].astype(np.float32) / 8 - 1  # from 0 to 16
+    images = digits[:, :64, None].astype(np.float32) / 8 - 1  # 0 to 16 becomes -1 to 1
     labels = digits[:, 64].astype(np.int32)
     parts = slice(0, 1257), slice(1257, 1437), slice(1437, 1797)
     return [(images[part], labels[part]) for part in parts]
@@ -3474,8 +3478,8 @@ if RUN:
     last = stepped[:, -1]
     agree("logits after the last pixel, stepped", last, "called", call(model, images))
     print(f"test accuracy, pixel by pixel: {(last.argmax(-1) == labels).mean():.2%}")
-    numbers = sum(x.size for x in jax.tree.leaves(state))
-    print(f"the state of an image: {numbers // len(images):,} numbers after any pixel")
+    size = sum(x.nbytes for x in jax.tree.leaves(state)) // len(images)
+    print(f"the state of an image: {size:,} bytes after any pixel")
 
 
 # %% [markdown]
@@ -3996,9 +4000,9 @@ def evidence(*keys):
 # $$
 #
 # and say that all others are inside the noise. Three seeds are few. If the seeds scatter
-# normally, two means of the same thing pass this test with the chance printed below, so
-# one verdict in nine may be luck. And the rule asks whether other *seeds* would say the
-# same. Other test images are another question.
+# normally, two means of the same thing pass this test with the chance printed below: of
+# nine comparisons of equal things one passes by luck. And the rule asks whether other
+# *seeds* would say the same. Other test images are another question.
 
 # %%
 def across(runs, key="test"):
@@ -4021,8 +4025,8 @@ if RUN:
 # %% [markdown]
 # ### Starts and ablations
 #
-# First the starts of Part 7, all else equal. Then *ablations*, as in the paper: the
-# layer as it is, from `legs`, with one thing changed.
+# First the starts of Part 7 but for `inv2`, all else equal. Then *ablations*, as in the
+# paper: the layer as it is, from `legs`, with one thing changed.
 #
 # - `bilinear`: the other rule for holding the input.
 # - `softplus`, `relu`, `none`: other forms in which $\Re A$ is stored (Appendix A); all
@@ -4082,20 +4086,23 @@ def choices_measured(question="starts, 64 pixels"):
 
 # %% [markdown]
 # On the digits of 64 pixels the start decides. `legs`, `inv` and `lin` are inside each
-# other's noise; `quad`, `rand` and `real` fall behind, in this order, and are told apart
-# from all before them. So they will be in the test of memory below. On MNIST, at both
-# lengths, `real` is as far behind and `quad` is told apart from `legs`, too. But `rand`
-# comes close to `legs`: inside the noise at 196 pixels, behind it by little at 784. There
-# the channels, each with its own $\Delta$, may make up between them for what one of them
-# lacks. At 196 pixels `inv` is better than `legs`, and told apart, at 784 it is not. With
-# one verdict in nine by luck we make nothing of that.
+# other's noise; `quad`, `rand` and `real` fall behind, in this order, and are told
+# apart from all before them. In the test of memory below they come last, too, and from
+# 1,024 steps on in this order. On MNIST, at both lengths, `real` is as far behind and
+# `quad` is told apart from `legs`, too. But `rand` comes close to `legs`: inside the
+# noise at 196 pixels, behind it by little at 784. There the channels, each with its own
+# $\Delta$, may make up between them for what one of them lacks. At 196 pixels `inv` is
+# better than `legs`, and told apart, at 784 it is not. Among so many comparisons some
+# pass by luck, and we make nothing of that.
 #
-# Of the ablations only the range of $\Delta$ matters. Ten times shorter does great harm:
-# such systems change little within 64 samples, or 196. Ten times longer helps a little
-# with 64 samples, so the usual range is not made for sequences this short, and with 196
-# it is inside the noise. The rule, the form in which $\Re A$ is stored, and whether $A$ or
-# $B$ is learned: all inside the noise for both lengths, after so short a training. That the poles need not be learned at all was not what we expected; their
-# places at the start seem to be most of what they give.
+# Of the ablations only the range of $\Delta$ matters. Ten times shorter does great
+# harm: such systems change little within 64 samples, or 196. Ten times longer helps a
+# little with 64 samples, so the usual range is not made for sequences this short, and
+# with 196 it is inside the noise. The rule, the form in which $\Re A$ is stored, and
+# whether $A$ or $B$ is learned: all inside the noise for both lengths, after so short a
+# training. That $A$ need not be learned as long as $\Delta$ is, which moves all poles
+# of a channel at once, was not what we expected; their places at the start seem to be
+# most of what they give.
 #
 # ### Long memory
 #
@@ -4145,7 +4152,8 @@ if RUN:
 def delay_against_length():
     """Error of a delay by half the length, against the length, both axes logarithmic:
     C fitted at the start (blue), everything trained (orange), C fitted after training
-    (green), with standard deviations. (The blue line of `lin` begins below.)"""
+    (green), with standard deviations. (The blue and the green line of `lin` begin
+    below.)"""
     results = evidence("delay")
     fig, axes = canvas(2, 3, 4.6, sharex=True, sharey=True)
     for ax, name in zip(axes.flat, ("lin", "legs", "inv", "quad", "rand", "real")):
@@ -4229,8 +4237,8 @@ if RUN:
 
 # %% [markdown]
 # S4D gets furthest, and by more than the noise. Read it with care: three epochs favour
-# what learns fast, and the best rate of the GRU is the largest of its three, so that a
-# larger one might do better still.
+# what learns fast, and the best rates of the GRU and of the Transformer are the largest
+# of their three, so that larger ones might do better still.
 #
 # From 196 to 784 samples a step of the Transformer takes more than ten times as long and
 # needs several times the memory, as it has a score for each pair of samples. The other
@@ -4258,16 +4266,17 @@ def next_sample():
 
 
 # %% [markdown]
-# S4D and the GRU need no more time for the next sample after 4,096 than after 256. The
-# Transformer compares it with all that came before it, and with sixteen times the past
-# it needs more than sixteen times the time. The step of the GRU is the cheapest of all:
-# it has the smallest state, and nothing to discretize.
+# Up to the scatter of such timings, S4D and the GRU need no more time for the next
+# sample after 4,096 than after 256. The Transformer compares it with all that came
+# before it, and with sixteen times the past it needs more than sixteen times the time.
+# The step of the GRU is the cheapest of all: it has the smallest state, and nothing to
+# discretize.
 #
 # ### The whole length
 #
 # So far the models were small and their trainings short, so that there could be many.
 # Once a classifier got half an hour: all 784 pixels of all images of the subset, each
-# distorted anew whenever it comes, as if printed on rubber (Appendix D), for 30 epochs.
+# distorted anew whenever it comes, as if printed on rubber (Appendix D), for 27 epochs.
 # It has three blocks of 64 channels. Unlike the classifier of Part 11 it has no FFN in
 # its blocks and no dropout, and a learning rate of 0.01. So much was chosen on the
 # validation images, at half their resolution. The run is one of the command line,
@@ -4437,6 +4446,8 @@ if RUN:
 # - R. J. Williams, J. Peng. [An Efficient Gradient-Based Algorithm for On-Line Training
 #   of Recurrent Network Trajectories](https://doi.org/10.1162/neco.1990.2.4.490). 1990.
 #   (truncated back-propagation through time)
+# - H. Mehta, A. Gupta, A. Cutkosky, B. Neyshabur. [Long Range Language Modeling via
+#   Gated State Spaces](https://arxiv.org/abs/2206.13947). 2022. (the gate)
 # - D. Hendrycks, K. Gimpel. [Gaussian Error Linear Units
 #   (GELUs)](https://arxiv.org/abs/1606.08415). 2016.
 # - P. Y. Simard, D. Steinkraus, J. C. Platt. [Best Practices for Convolutional Neural
@@ -4764,8 +4775,8 @@ def each_output(layer, take, x, v, *more):
 
 
 # %% [markdown]
-# The layer, last, has the four methods of Part 8, with `enter` before and `leave` after
-# each.
+# The layer, last, has the three ways to run of Part 8, with `enter` before and `leave`
+# after each.
 
 # %%
 class GeneralS4D(Surrounded):
@@ -5574,10 +5585,11 @@ def ticks(axis, side):
     """The numbers along an axis, each at its share of the way."""
     scale, marks = axis.get_transform().transform, {}
     low, high = scale(np.array(axis.get_view_interval()))
-    axis.get_ticklabels()  # has the texts made
-    for tick in axis.get_major_ticks():
-        at, text = (scale(tick.get_loc()) - low) / (high - low), tick.label1.get_text()
-        if text and tick.label1.get_visible() and -0.001 < at < 1.001:
+    places = axis.get_majorticklocs()
+    texts = axis.get_major_formatter().format_ticks(places)
+    shown = axis.get_tick_params()[{"left": "labelbottom", "bottom": "labelleft"}[side]]
+    for at, text in zip((scale(places) - low) / (high - low), map(str, texts)):
+        if shown and text and -0.001 < at < 1.001:
             marks[plain(text)] = f"{side}: {at:.1%}"
     widest = max(marks, key=len, default="")  # holds the column open
     spans = (f'<span style="{place}">{text}</span>' for text, place in marks.items())
@@ -6690,10 +6702,11 @@ def load_mnist(folder=None):
 # %% [markdown]
 # ### Digits on rubber
 #
-# Ten thousand images are not many, and a nudge by one pixel of 28 makes few new ones.
-# Hands differ in more: in slant, in width, in how far a loop is closed. Let us print
-# each image on rubber and pull. Every point moves by a field of displacements that
-# varies slowly over the image, and a slow field is a sum of few slow waves,
+# The ten thousand images of Part 13 are not many, and a nudge by one pixel of 28 makes
+# few new ones. Hands differ in more: in slant, in width, in how far a loop is closed.
+# Let us print each image on rubber and pull. Every point moves by a field of
+# displacements that varies slowly over the image, and a slow field is a sum of few slow
+# waves,
 #
 # $$
 # d(x, y) = \sum_{p, q = 0}^{3} a_{pq} \cos(\pi p x) \cos(\pi q y) , \qquad

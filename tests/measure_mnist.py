@@ -55,7 +55,7 @@ def main():
     parser.add_argument(
         "--folder", type=Path, default=place, help=f"for checkpoints ({place})"
     )
-    parser.add_argument("--epochs", type=int, default=30, help="(30)")
+    parser.add_argument("--epochs", type=int, default=27, help="(27)")
     options = parser.parse_args()
     settings = f"{SETTINGS} --epochs {options.epochs}"
     folder = options.folder
