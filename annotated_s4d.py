@@ -3840,7 +3840,7 @@ if RUN:
 
 # %%
 @functools.lru_cache(maxsize=256)
-def completed(index, given, temperature, seed, n=14):
+def completed(index, given, temperature, seed, n=8):
     """Complete a test digit n times from so many rows. Levels (n, 64)."""
     model, _, (_, levels) = trained_generator()
     prefix = np.repeat(levels[index : index + 1, : 8 * given], n, 0)
@@ -3855,12 +3855,12 @@ def read_digits(levels):
 
 # %% [markdown]
 # Pick a digit, how many rows of it are given, and the temperature. Another seed draws
-# fourteen others.
+# eight others.
 
 # %%
 @figure(digit=(0, 9), given=[2, 4, 6], temperature=(0.0, 2.0), seed=(0, 9))
 def completions(digit=2, given=4, temperature=1.0, seed=0):
-    """A test digit, the rows of it that are given, and fourteen ways in which the model
+    """A test digit, the rows of it that are given, and eight ways in which the model
     goes on below the line, none of them chosen. Above each is what the classifier reads
     in it, in orange where that is not the digit."""
     _, _, (images, labels) = trained()
@@ -3869,7 +3869,7 @@ def completions(digit=2, given=4, temperature=1.0, seed=0):
     prefix = np.where(np.arange(64) < 8 * given, level, np.nan)
     drawn = completed(index, given, temperature, seed)
     titles = ["original", "given", *read_digits(drawn)]
-    fig, axes = canvas(2, 8, 2.8)
+    fig, axes = canvas(2, 5, 4.2)
     for ax, image, title in zip(axes.flat, [*level, *prefix, *drawn], titles):
         ax.imshow(np.reshape(image, (8, 8)), vmin=0, vmax=16)
         ax.axhline(given - 0.5, color=ORANGE, lw=1)
@@ -3881,7 +3881,7 @@ def completions(digit=2, given=4, temperature=1.0, seed=0):
 
 # %% [markdown]
 # This half could become a 2, a 3 or a 7, and the model knows it. (Move the temperature:
-# at 0 all fourteen are the same; at 2 the strokes fall apart.)
+# at 0 all eight are the same; at 2 the strokes fall apart.)
 #
 # But one test digit proves little. Let the classifier read a completion of every test
 # image's upper half. How often does it find the digit that the half came from? For
