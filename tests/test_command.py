@@ -448,11 +448,14 @@ def test_two_processes_train_together(runs, place):
     assert "on 2 devices in 2 processes" in runs["first"]
     assert "epoch" not in runs["second"]  # one of them speaks
     ours, theirs = (saved(place / name)[0] for name in ("two", "alone"))
-    # Sums in another order differ in the last digit, and training magnifies it.
-    assert np.abs(ours["losses"] - theirs["losses"]).max() < 1e-4
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
+    # Sums in another order differ in the last digit. Where an image leaves all channels
+    # nearly equal, LayerNorm magnifies that; Adam's moments see it, its steps hardly.
     for name in theirs:
-        gap = np.abs(ours[name].astype(float) - theirs[name].astype(float)).max()
-        assert gap < 1e-4 * max(1, np.abs(theirs[name].astype(float)).max()), name
+        mine, other = ours[name].astype(float), theirs[name].astype(float)
+        largest = np.abs(other).max()
+        tol = 1e-2 * largest if ".opt_state." in name else 1e-5 * max(1, largest)
+        assert np.abs(mine - other).max() <= tol, name
 
 
 def test_rows_without_weight_change_nothing():
