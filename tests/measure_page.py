@@ -3,7 +3,8 @@
     python tests/measure_page.py            measure; write the table in README.md
     python tests/measure_page.py --quick    one of each, print, write nothing
 
-Times are medians of five, each server fresh where it says cold. Needs Debian's
+Times are medians of five, each server fresh where it says cold, each visit in a new tab
+with nothing in its cache, of a browser that is running. Needs Debian's
 `chromium`, and a machine that does nothing else meanwhile.
 """
 
@@ -43,17 +44,30 @@ def until(tab, condition, **options):
     tab.wait_for_function(condition, polling=30, timeout=120_000, **options)
 
 
-def visit(browser, address):
-    """Open a page. Returns the tab, and seconds until the title and the table of
-    contents are there, the headings of all parts, and everything."""
+def open_tab(browser):
+    """An empty tab, after the second that Chromium is busy with its own window."""
     tab = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+    time.sleep(2)
+    return tab
+
+
+def visit(tab, address):
+    """Open the page in a tab. Returns seconds until the title and the table of contents
+    are there, the headings of all parts, and everything."""
     start = time.perf_counter()
     tab.goto(address, wait_until="commit")
     times = []
     for condition in (TITLE, HEADINGS, EVERYTHING):
         until(tab, condition)
         times.append(time.perf_counter() - start)
-    return tab, *times
+    return times
+
+
+def arrive(browser, address):
+    """A tab in which all of the page is there."""
+    tab = open_tab(browser)
+    visit(tab, address)
+    return tab
 
 
 WATCH = """([slider, alt]) => {
@@ -119,9 +133,10 @@ def look(address, begin):
     """Visit with a browser at a moment: seconds to the title, and to everything."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        tab = open_tab(browser)
         while time.perf_counter() < begin:
             time.sleep(0.01)
-        tab, title, _, everything = visit(browser, address)
+        title, _, everything = visit(tab, address)
         assert tab.evaluate(NO_ERROR)
         browser.close()
         return title, everything
@@ -136,7 +151,7 @@ def crowd(address, browsers, size=10):
         await asyncio.sleep(begin - time.perf_counter())
         return await asyncio.gather(*[receive(address) for _ in range(size - browsers)])
 
-    begin = time.perf_counter() + 3 + browsers  # all browsers are open by then
+    begin = time.perf_counter() + 5 + 2 * browsers  # all browsers are open by then
     with ThreadPoolExecutor(size) as pool:
         seen = [pool.submit(look, address, begin) for _ in range(browsers)]
         received = asyncio.run(others()) if browsers < size else [0.0]
@@ -156,9 +171,9 @@ def measure(repeats, visitors, many):
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         cold = []
         for _ in range(repeats):
+            tab = open_tab(browser)
             server, address = serve(ROOT)
-            tab, *times = visit(browser, address)
-            cold.append(times)
+            cold.append(visit(tab, address))
             tab.context.close()
             server.kill()
             server.wait()
@@ -168,21 +183,22 @@ def measure(repeats, visitors, many):
         yield say("cold server: everything", "5 s", f"{everything:.1f} s")
 
         server, address = serve(ROOT)
-        visit(browser, address)[0].context.close()
         warm = []
-        for _ in range(repeats):
-            tab, *times = visit(browser, address)
-            warm.append(times)
+        for _ in range(1 + repeats):
+            tab = open_tab(browser)
+            warm.append(visit(tab, address))
             tab.context.close()
+        del warm[0]  # that one was cold
         first, headings, everything = map(middle, zip(*warm))
         yield say("warm server: title and contents", "1.5 s", f"{first:.1f} s")
         yield say("warm server: headings of all parts", "1.5 s", f"{headings:.1f} s")
         yield say("warm server: everything", "", f"{everything:.1f} s")
 
-        tab, *_ = visit(browser, address)
-        list(moves(tab, 2 * len(MOVED), right=False))  # compile
+        tab = arrive(browser, address)
+        for right in (False, True):  # compile
+            list(moves(tab, 2 * len(MOVED), right))
         tab.context.close()
-        tab, *_ = visit(browser, address)
+        tab = arrive(browser, address)
         fresh = {}
         for pair, seconds in moves(tab, repeats * len(MOVED)):
             fresh.setdefault(pair, []).append(seconds)
@@ -195,13 +211,13 @@ def measure(repeats, visitors, many):
         tab.context.close()
 
         for _ in range(visitors):
-            tab, *_ = visit(browser, address)
+            tab = arrive(browser, address)
             list(moves(tab, 20))
             tab.context.close()
         after = megabytes(server)
         what = f"server's memory after {visitors} visitors with 20 moves"
         yield say(what, "800 MB", f"{after:.0f} MB")
-        tab, *_ = visit(browser, address)
+        tab = arrive(browser, address)
         for half in ("next", "last"):
             before = megabytes(server)
             list(moves(tab, many // 2))

@@ -50,12 +50,16 @@ def plain_kernel(A, B, C, dt, L):
 
 
 class PlainS4D(s4d.S4D):
-    """The layer with the plain kernel and the padded FFT."""
+    """The layer with the plain kernel, the padded FFT, and the linear maps and the GELU
+    that Flax and JAX have."""
+
+    linear = nnx.Linear
 
     def __call__(self, u, lengths=None):
         K = plain_kernel(*self.system(), u.shape[1])
         y = s4d.padded_conv(u.swapaxes(1, 2), K).swapaxes(1, 2)
-        return self.mixer(y + self.D[...] * u)
+        y = jax.nn.gelu(y + self.D[...] * u, approximate=False)
+        return self.mixer.act(self.mixer.linear(y))
 
 
 s4d.LAYERS["plain"] = PlainS4D
