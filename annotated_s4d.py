@@ -4308,10 +4308,11 @@ if RUN:
 #
 # Part 6 timed its ideas one by one. Here they stand together, beside the same model
 # written the obvious way: the Vandermonde sum with an exponential for each mode and
-# step, and the padded FFT, in JAX and in PyTorch. `python tests/measure_speed.py` took
-# the times, in turns, and recorded them in `assets/speed.json`. The last column says
-# how many times as long as ours a form takes; for the parts of a block, what share of
-# their time this machine's matrix product, FFT or copying would need for that work.
+# step, the padded FFT, and the GELU and linear maps of the library, in JAX and in
+# PyTorch. `python tests/measure_speed.py` took the times, in turns, and recorded them in
+# `assets/speed.json`. The last column says how many times as long as ours a form takes;
+# for the parts of a block, what share of their time this machine's matrix product, FFT
+# or copying would need for that work.
 
 # %%
 if RUN:
@@ -4325,8 +4326,8 @@ if RUN:
 # The kernel gains most, and the longer it is, the more. Of the memory of the obvious
 # form little is left. A whole training step gains much less. Most of it is now linear
 # maps, convolution and normalization, and of those the linear maps, which are matrix
-# products in every form, take the largest part. No trick of this page makes them
-# shorter.
+# products in every form, take the largest part. That each is a single product (Part 8)
+# is all that this page can do for them.
 #
 # *What stands: the choices of this page, measured, with their noise. Exercise: the rule
 # above takes the test images as given. Each of 360 images is a draw, too. How far apart
