@@ -5,10 +5,11 @@
 
 The plain form is the same model written the obvious way in JAX: the Vandermonde sum
 with one complex exponential for each mode and step, a real FFT padded to twice the
-length, and the GELU (in the FFN ours) and linear maps that JAX and Flax have. Where PyTorch is installed, the authors' minimal layer stands beside it, written
-once more below. A training step is measured on the authors' minimal model, and with the
-feed-forward network (FFN) that our blocks have besides. The forms take turns in one
-run, after warming up. A ratio is the quotient of two medians; where the turns of a form
+length, and the GELU (in the FFN ours) and linear maps that JAX and Flax have. Where
+PyTorch is installed, the authors' minimal layer stands beside it, written once more
+below. A training step is measured on the authors' minimal model, and with the feed-
+forward network (FFN) that our blocks have besides. The forms take turns in one run,
+after warming up. A ratio is the quotient of two medians; where the turns of a form
 differ by more than a quarter (from the first to the third quartile, as a share of the
 median) the machine was disturbed, and no ratio is printed.
 """
