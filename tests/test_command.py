@@ -331,10 +331,11 @@ def arguments(place, name, **changed):
 
 
 def start(place, words, devices=1):
-    """Start the command, compiled as a user's. Programs are kept for the next one."""
+    """Start the command. What it has compiled is kept for the next one."""
+    flags = os.environ.get("XLA_FLAGS", "")
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
