@@ -3950,6 +3950,7 @@ def levels_per_second(model, batch, steps):
     return batch * steps / min(times[1:])
 
 
+# %%
 if RUN:
     for batch in (1, 16):
         for steps in (1024, 4096):
@@ -4319,7 +4320,7 @@ if RUN:
     speed = measurements("speed")
     print(speed.get("said", "").replace("; ", ";\n"), end="\n\n")
     for row in speed.get("table", []):
-        print("{:44s} {:11s} {:>16s} {:>11s}".format(*row))
+        print("{:44s} {:11s} {:>17s} {:>11s}".format(*row))
 
 
 # %% [markdown]
@@ -4327,7 +4328,9 @@ if RUN:
 # form little is left. A whole training step gains much less. Most of it is now linear
 # maps, convolution and normalization, and of those the linear maps, which are matrix
 # products in every form, take the largest part. That each is a single product (Part 8)
-# is all that this page can do for them.
+# is all that this page can do for them. The Fourier transforms come next. In a program
+# as long as a training step XLA runs each of them on a single core, so that on more
+# cores they do not become faster.
 #
 # *What stands: the choices of this page, measured, with their noise. Exercise: the rule
 # above takes the test images as given. Each of 360 images is a draw, too. How far apart
