@@ -110,6 +110,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import shlex
 import signal
 import threading
@@ -210,8 +211,15 @@ DRAWING = threading.Lock()  # Matplotlib's settings belong to the whole process
 
 def canvas(rows=1, columns=1, height=3.0, **options):
     """Return a figure as wide as the text and its axes. No pyplot, so nothing leaks."""
+    look = str([matplotlib.rcParams[name] for name in LOOK])
+    return pickle.loads(blank(look, rows, columns, height, tuple(options.items())))
+
+
+@functools.cache
+def blank(look, rows, columns, height, options):
+    """An empty figure and its axes, as bytes. Copies cost a third of making it anew."""
     fig = Figure(figsize=(8, height), layout="constrained")
-    return fig, fig.subplots(rows, columns, **options)
+    return pickle.dumps((fig, fig.subplots(rows, columns, **dict(options))))
 
 
 # %% tags=["hide"] jupyter={"source_hidden": true}
@@ -3504,7 +3512,7 @@ def pixel_by_pixel(index=163, pixels=45):
     point (middle), and how it came to believe it (right; the true class in orange)."""
     _, _, (images, labels) = trained()
     belief, label = beliefs(index), labels[index]
-    fig, (left, middle, right) = canvas(1, 3, 2.6, width_ratios=[1, 1.3, 2])
+    fig, (left, middle, right) = canvas(1, 3, 2.6, width_ratios=(1, 1.3, 2))
     seen = np.where(np.arange(64) < pixels, images[index, :, 0], np.nan)
     left.imshow(seen.reshape(8, 8), vmin=-1, vmax=1)
     left.set(xticks=[], yticks=[], title=f"digit {label}, {pixels} pixels")
