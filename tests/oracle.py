@@ -40,7 +40,8 @@ def kernel(A, B, C, dt, L, method="zoh"):
     C, blow, K = np.asarray(C, complex), np.eye(1, L)[0], np.zeros((*C.shape[:-1], L))
     for i in np.ndindex(A_bar.shape):
         # Below 1e-250 it counts as zero: numbers near 1e-308 take a processor long.
-        n = int(min(L, 1 + 575 / max(-np.log(abs(A_bar[i]) + 1e-300), 1e-9)))
+        fading = max(-np.log(abs(A_bar[i]) + 1e-300), 1e-9)  # in each step
+        n = int(min(L, 1 + 250 * np.log(10) / fading))
         x = lfilter([B_bar[i]], [1, -A_bar[i]], blow[:n])
         K[(*i[:-1], slice(n))] += 2 * (C[i] * x).real
     return K

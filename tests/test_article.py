@@ -57,7 +57,8 @@ def rehearsal():
         if "def best_time(" in source:
             namespace["best_time"] = lambda *args, **options: 1.0  # speed is not tested
         if "def levels_per_second(" in source:
-            namespace["levels_per_second"] = lambda *args: 1.0
+            rate = namespace["levels_per_second"]  # of four levels, not of thousands
+            namespace["levels_per_second"] = lambda m, n, _, rate=rate: rate(m, n, 4)
         if "def digit_model(" in source:
             model = namespace["S4DModel"]
             namespace["digit_model"] = lambda seed=0, model=model: model(
