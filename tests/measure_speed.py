@@ -7,11 +7,11 @@ The plain form is the same model written the obvious way in JAX: the Vandermonde
 with one complex exponential for each mode and step, a real FFT padded to twice the
 length, and the GELU (in the FFN ours) and linear maps that JAX and Flax have. Where
 PyTorch is installed, the authors' minimal layer stands beside it, written once more
-below. A training step is measured on the authors' minimal model, and with the feed-
-forward network (FFN) that our blocks have besides. The forms take turns in one run,
-after warming up. A ratio is the quotient of two medians; where the turns of a form
-differ by more than a quarter (from the first to the third quartile, as a share of the
-median) the machine was disturbed, and no ratio is printed.
+below. A training step is measured on the authors' minimal model, and with the FFN that
+our blocks have besides. The forms take turns in one run, after warming up. A ratio is
+the quotient of two medians; where the turns of a form differ by more than a quarter
+(from the first to the third quartile, as a share of the median) the machine was
+disturbed, and no ratio is printed.
 """
 
 import argparse
@@ -60,7 +60,7 @@ class PlainS4D(s4d.S4D):
         K = plain_kernel(*self.system(), u.shape[1])
         y = s4d.padded_conv(u.swapaxes(1, 2), K).swapaxes(1, 2)
         y = jax.nn.gelu(y + self.D[...] * u, approximate=False)
-        return self.mixer.act(self.mixer.linear(y))
+        return self.mixer.act(self.mixer.linear(self.mixer.dropout(y)))
 
 
 s4d.LAYERS["plain"] = PlainS4D
