@@ -211,15 +211,16 @@ DRAWING = threading.Lock()  # Matplotlib's settings belong to the whole process
 
 def canvas(rows=1, columns=1, height=3.0, **options):
     """Return a figure as wide as the text and its axes. No pyplot, so nothing leaks."""
-    look = str([matplotlib.rcParams[name] for name in LOOK])
-    return pickle.loads(blank(look, rows, columns, height, tuple(options.items())))
+    settings = dict(matplotlib.rcParams)
+    return pickle.loads(blank(pickle.dumps((rows, columns, height, options, settings))))
 
 
-@functools.cache
-def blank(look, rows, columns, height, options):
-    """An empty figure and its axes, as bytes. Copies cost a third of making it anew."""
+@functools.lru_cache(maxsize=64)
+def blank(recipe):
+    """An empty figure and its axes, as bytes: they are made slowly and copied fast."""
+    rows, columns, height, options, _ = pickle.loads(recipe)
     fig = Figure(figsize=(8, height), layout="constrained")
-    return pickle.dumps((fig, fig.subplots(rows, columns, **dict(options))))
+    return pickle.dumps((fig, fig.subplots(rows, columns, **options)))
 
 
 # %% tags=["hide"] jupyter={"source_hidden": true}
@@ -2409,9 +2410,9 @@ if RUN:
 # What does it cost to run the layer on a stream? The state holds $H \cdot N/2$ complex
 # numbers, however long the past. A step discretizes anew, three exponentials and a
 # short series for each mode, and multiplies each a few times: $O(HN)$. The mixing map
-# takes $2H^2$ multiplications (and in a block, Part 9, the FFN $4H^2$). Nothing grows
-# with the length, where a Transformer would keep every sample and look at all of them
-# again at each step.
+# takes $2H^2$ multiplications (and in the block of Part 9 two more linear maps take
+# $4H^2$). Nothing grows with the length, where a Transformer would keep every sample and
+# look at all of them again at each step.
 #
 # *What stands: a layer with three ways to run and one meaning. Exercise: from the
 # shapes above, how many parameters has a layer of width $H$ and state $N$?*
@@ -3512,7 +3513,7 @@ def pixel_by_pixel(index=163, pixels=45):
     point (middle), and how it came to believe it (right; the true class in orange)."""
     _, _, (images, labels) = trained()
     belief, label = beliefs(index), labels[index]
-    fig, (left, middle, right) = canvas(1, 3, 2.6, width_ratios=(1, 1.3, 2))
+    fig, (left, middle, right) = canvas(1, 3, 2.6, width_ratios=[1, 1.3, 2])
     seen = np.where(np.arange(64) < pixels, images[index, :, 0], np.nan)
     left.imshow(seen.reshape(8, 8), vmin=-1, vmax=1)
     left.set(xticks=[], yticks=[], title=f"digit {label}, {pixels} pixels")
@@ -4336,9 +4337,9 @@ if RUN:
 # form little is left. A whole training step gains much less. Most of it is now linear
 # maps, convolution and normalization, and of those the linear maps, which are matrix
 # products in every form, take the largest part. That each is a single product (Part 8)
-# is all that this page can do for them. The Fourier transforms come next. In a program
-# as long as a training step XLA runs each of them on a single core, so that on more
-# cores they do not become faster.
+# is all that this page can do for them. The Fourier transforms come next. On a CPU they
+# make little use of a second core: a trace of such a step (`jax.profiler.trace`, JAX
+# 0.10) shows most of them on a single one.
 #
 # *What stands: the choices of this page, measured, with their noise. Exercise: the rule
 # above takes the test images as given. Each of 360 images is a draw, too. How far apart
@@ -5791,6 +5792,7 @@ def code_html(source):
     )
 
 
+# %% tags=["page"]
 def read_page(file, notebook):
     """What the page shows: parts, each a heading and its items; and all headings."""
     parts, headings = [], []
@@ -5837,6 +5839,7 @@ def start(work, *args, after=0):
     return thread
 
 
+# %% tags=["page"]
 class Studio:
     """The imported article and the figures drawn so far, for all visitors."""
 
@@ -5954,6 +5957,7 @@ def knob(key, label, span, default):
     return st.slider(label, *span, default, step, **bound)
 
 
+# %% tags=["page"]
 def fits(text, span):
     """Whether a text from the address is a value that a knob can take."""
     if isinstance(span, list):
@@ -6030,6 +6034,7 @@ def play(studio, figure, recorded):
         st.fragment(look_again, run_every=0.5)(promise)
 
 
+# %% tags=["page"]
 def explore(studio, figure, data):
     """Show the explorer. When the reader lets a pole go, the address follows."""
     data = json.loads(data) if data else studio.article().explorer_data()
@@ -6054,6 +6059,7 @@ def look_again(promise):
         st.rerun()
 
 
+# %% tags=["page"]
 def follow(training, watching):
     """The button that trains, and the curve while it does."""
     if watching and not training.busy():
