@@ -127,11 +127,8 @@ def test_processes_from_the_environment(capsys, no_data, monkeypatch):
     monkeypatch.setenv("JAX_PROCESS_ID", "two")
     assert "--process-id: 'two'; allowed" in refused(capsys, "train")
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
-    met = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *where: met.append(where))
-    with pytest.raises(AssertionError, match="data is touched"):
-        s4d.command(["train"])
-    assert met == [("localhost:1", 2, 1)]
+    o = s4d.read_options(["train"])
+    assert (o.coordinator, o.num_processes, o.process_id) == ("localhost:1", 2, 1)
 
 
 def test_what_goes_wrong_on_the_way_is_one_sentence(monkeypatch, capsys):
@@ -330,7 +327,7 @@ def arguments(place, name, **changed):
     return [*data, *sizes, *saved, "--metrics", str(place / f"{name}.jsonl")]
 
 
-def start(place, words, devices=1):
+def start(place, words, devices=1, folder=None):
     """Start the command. What it has compiled is kept for the next one."""
     flags = os.environ.get("XLA_FLAGS", "")
     env = os.environ | {
@@ -342,7 +339,7 @@ def start(place, words, devices=1):
     }
     return subprocess.Popen(
         [sys.executable, s4d.__file__, *words],
-        cwd=place,
+        cwd=folder or place,
         env=env,
         text=True,
         stdout=subprocess.PIPE,
@@ -374,9 +371,9 @@ def runs(place):
 
 def saved(folder):
     """The last checkpoint of a run: all arrays, the place in the data."""
-    with s4d.checkpoints(folder) as manager:
-        assert manager.latest_step() == STEPS
-        arrays, place = s4d.load(manager, STEPS)
+    step, file = s4d.checkpoints(folder)[0]
+    assert step == STEPS
+    arrays, place = s4d.load(file)
     return arrays, {k: v for k, v in place.items() if k not in ("seconds", "checksum")}
 
 
@@ -406,12 +403,9 @@ def test_the_command_trains_and_does_nothing_else(runs, place):
     )
     assert re.search(r"\d steps/s   [\d,]+ s left$", said[1])
     assert said[4].startswith("test: loss ") and len(said) == 5
-    assert sorted(p.name for p in (place / "alone").iterdir()) == [
-        f"{FIRST}",
-        f"{SECOND}",
-        f"{STEPS}",
-        "model.npz",
-    ]
+    steps, files = zip(*s4d.checkpoints(place / "alone"))
+    assert steps == (STEPS, SECOND, FIRST)
+    assert {*(place / "alone").iterdir()} == {*files, place / "alone" / "model.npz"}
     assert not (place / "assets").exists()
 
 
@@ -442,7 +436,7 @@ def test_eight_devices_give_the_curve_of_one(runs, place):
     assert "on 8 devices in 1 processes" in runs["eight"]
     assert np.abs(curve(place, "eight") - curve(place, "alone")).max() < 1e-5
     ours, theirs = (saved(place / name)[0]["losses"] for name in ("eight", "alone"))
-    assert len(ours) == STEPS and np.abs(ours - theirs).max() < 1e-5
+    assert len(ours) == STEPS and np.abs(ours / theirs - 1).max() < 1e-5
 
 
 def test_two_processes_train_together(runs, place):
@@ -474,17 +468,19 @@ def test_rows_without_weight_change_nothing():
 
 
 def test_killed_and_resumed_it_ends_with_the_same_bits(runs, place):
-    """SIGKILL while a checkpoint is being written, after one has been."""
+    """SIGKILL while a checkpoint is being written, or soon after, when one has been."""
     words = ["train", *arguments(place, "killed")]
     run, folder = start(place, words), place / "killed"
     deadline = time.monotonic() + 200
-    while not ((folder / f"{FIRST}").exists() and any(folder.glob(f"{SECOND}*"))):
+    while not (any(folder.glob(f"{FIRST}-*")) and any(folder.glob(".*.part"))):
+        if any(folder.glob(f"{SECOND}-*")):
+            break
         assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.0005)
     run.kill()
     assert run.wait() == -signal.SIGKILL
     run.communicate()
-    assert not (folder / f"{STEPS}").exists()
+    assert not any(folder.glob(f"{STEPS}-*"))
     said = finish(start(place, [*words, "--resume"]))
     assert re.search(f"going on after step ({FIRST}|{SECOND}) of {STEPS}", said)
     same(folder, place / "alone")
@@ -505,21 +501,21 @@ def test_interrupted_and_spoilt_it_ends_with_the_same_bits(runs, place):
     step, again = re.search(
         r"stopped after step (\d+); go on with: (.*)", said
     ).groups()
-    assert FIRST <= int(step) < STEPS and (folder / step).is_dir()
-    spoil = folder / step
-    if int(step) == FIRST:  # Ctrl-C was quick
-        shutil.copytree(spoil, spoil := folder / f"{SECOND}")
-    for path in (spoil / "arrays").rglob("d/*"):
-        flip(path)
-    good = max(int(p.name) for p in folder.glob("[0-9]*") if p != spoil)
+    at, spoil = s4d.checkpoints(folder)[0]
+    assert FIRST <= int(step) == at < STEPS
+    if at == FIRST:  # Ctrl-C was quick
+        later = folder / spoil.name.replace(f"{FIRST}-", f"{SECOND}-")
+        spoil = Path(shutil.copy(spoil, later))
+    flip(spoil)
+    good = s4d.checkpoints(folder)[1][0]
     words = shlex.split(again)
-    assert words[:3] == ["python", "annotated_s4d.py", "train"]
+    assert words[:3] == [sys.executable, s4d.__file__, "train"]
     assert words[-1] == "--resume"
-    said = finish(start(place, words[2:]))
+    said = finish(start(place, words[2:], folder="/"))  # it works from any folder
     assert f"{spoil} is refused: it is damaged" in said
     assert f"going on after step {good} of {STEPS}" in said
     assert "Traceback" not in said
-    assert [p.name.split("-")[1] for p in folder.glob("refused-*")] == [spoil.name]
+    assert [p.name.split("-")[1] for p in folder.glob("refused-*")] == [f"{at}"]
     same(folder, place / "alone")
 
 
@@ -546,76 +542,136 @@ def made(runs, place):
     return s4d.make_run(s4d.read_options(words))[:2]
 
 
-def edit_place(folder, change):
-    """Change the place of a checkpoint, as valid JSON."""
-    path = folder / "place" / "metadata"
-    where = json.loads(path.read_text())
-    change(where)
-    path.write_text(json.dumps(where))
+def change(file, **changed):
+    """Change arrays of a checkpoint, which stays a file that NumPy reads."""
+    arrays = dict(np.load(file)) | changed
+    np.savez(file, **{name: a for name, a in arrays.items() if a is not None})
 
 
-def all_data(spoil):
-    return lambda f: [spoil(path) for path in (f / "arrays").rglob("d/*")]
-
-
-def add_one(where):
-    where["rng"]["state"]["state"] += 1
+def change_place(file, **changed):
+    place = json.loads(bytes(np.load(file)["place"])) | changed
+    place = {name: value for name, value in place.items() if value is not None}
+    change(file, place=np.frombuffer(json.dumps(place).encode(), np.uint8))
 
 
 SPOIL = {
-    "flipped": all_data(flip),
-    "cut": all_data(lambda path: path.write_bytes(path.read_bytes()[:9])),
-    "no arrays": lambda f: shutil.rmtree(f / "arrays"),
-    "no place": lambda f: shutil.rmtree(f / "place"),
-    "empty": lambda f: [shutil.rmtree(f), f.mkdir()],
-    "no json": lambda f: (f / "place" / "metadata").write_text("{"),
-    "another place": lambda f: edit_place(f, add_one),
-    "no checksum": lambda f: edit_place(f, lambda where: where.pop("checksum")),
+    "flipped": flip,
+    "cut": cut,
+    "empty": lambda f: f.write_bytes(b""),
+    "a folder": lambda f: [f.unlink(), f.mkdir()],
+    "no place": lambda f: change(f, place=None),
+    "no json": lambda f: change(f, place=np.zeros(9, np.uint8)),
+    "other losses": lambda f: change(f, losses=np.zeros(STEPS)),
+    "another place": lambda f: change_place(f, seconds=[1, 2, 3]),
+    "no checksum": lambda f: change_place(f, checksum=None),
 }
 
 
+@pytest.fixture
+def copied(place, tmp_path):
+    """A copy of the folder of the run that was left alone."""
+    return Path(shutil.copytree(place / "alone", tmp_path / "run"))
+
+
 @pytest.mark.parametrize("how", SPOIL)
-def test_the_last_good_checkpoint_is_used(how, made, place, tmp_path):
-    shutil.copytree(place / "alone", tmp_path / "run")
-    SPOIL[how](tmp_path / "run" / str(STEPS))
-    (tmp_path / "run" / "50.orbax-checkpoint-tmp-1").mkdir()  # a write cut short
+def test_the_last_good_checkpoint_is_used(how, made, copied):
+    last = s4d.checkpoints(copied)[0][1]
+    SPOIL[how](last)
+    (copied / f".{last.name}.part").write_bytes(b"a write cut short")
     said, (run, config) = [], made
-    with s4d.checkpoints(tmp_path / "run") as manager:
-        where = s4d.resume(manager, run, config, said.append)
-        assert where[0] == SECOND == len(run.losses) and len(run.history) == 2
-        assert sorted(manager.all_steps()) == [FIRST, SECOND]
-        expected, _ = s4d.load(manager, SECOND)
-    assert re.search(rf"/{STEPS} is refused: (it is damaged|its checksum)", said[0])
-    arrays = s4d.state_arrays(run)
+    where = s4d.resume(copied, run, config, said.append)
+    assert where[0] == SECOND == len(run.losses) and len(run.history) == 2
+    (step, good), (first, _) = s4d.checkpoints(copied)
+    assert (step, first) == (SECOND, FIRST)
+    reasons = "(it is damaged|it cannot be read|its checksum)"
+    assert re.search(rf"/{last.name} is refused: {reasons}", said[0])
+    arrays, (expected, _) = s4d.state_arrays(run), s4d.load(good)
     assert all((arrays[k] == expected[k]).all() for k in expected if k != "losses")
-    assert len(list((tmp_path / "run").glob(f"refused-{STEPS}-*"))) == 1
+    assert len(list(copied.glob(f"refused-{last.stem}-*"))) == 1
 
 
-def test_a_checkpoint_of_another_run_is_refused(made, place, tmp_path):
-    shutil.copytree(place / "alone", tmp_path / "run")
-    said, (run, config) = [], made
-    for name, value in dict(lr=0.5, images="others", d_model=8).items():
-        with s4d.checkpoints(tmp_path / "run") as manager:
-            with pytest.raises(
-                ValueError, match="can be used; allowed: the folder and"
-            ):
-                s4d.resume(manager, run, config | {name: value}, said.append)
-        theirs = config[name]
-        assert f"of another run: {name} is {theirs} there and {value} here" in said[-1]
-    steps = {f"{FIRST}", f"{SECOND}", f"{STEPS}", "model.npz"}
-    assert {p.name for p in (tmp_path / "run").iterdir()} == steps  # nothing is moved
+@pytest.mark.parametrize(
+    "name, value",
+    dict(lr=0.5, images="others", jax="0.0", enable_x64="True", devices="8").items(),
+)
+def test_a_checkpoint_of_another_run_is_refused(name, value, made, copied):
+    """Whatever has a say in the numbers; and nothing is moved or touched."""
+    said, before, (run, config) = [], contents(copied), made
+    with pytest.raises(ValueError, match="can be used .*allowed: the folder and"):
+        s4d.resume(copied, run, config | {name: value}, said.append)
+    theirs = config[name]
+    assert f"of another run: {name} is {theirs} there and {value} here" in said[-1]
+    assert contents(copied) == before
+
+
+def contents(folder):
+    """All that is in a folder, byte for byte."""
+    return {
+        path.relative_to(folder): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def test_nothing_of_another_is_touched(place, copied, capsys):
+    """A folder of this run's that is full of strangers, older and newer than it."""
+    ours = s4d.checkpoints(copied)
+    ours[0][1].unlink()  # the last: one epoch is left to do
+    theirs = {}
+    for step in (3, FIRST, SECOND, STEPS, 999):
+        theirs[f"{step}-0123abcd.npz"] = ours[1][1]
+        (copied / f"{step}").mkdir()
+        theirs[f"{step}/array"] = ours[2][1]
+        theirs[f"{step}.npz"] = theirs[f".{step}.part"] = ours[1][1]
+    theirs |= {"model.npz": ours[2][1], "notes": ours[1][1], "50.part": ours[2][1]}
+    for name, source in theirs.items():
+        shutil.copy(source, copied / name)
+    change_place(copied / "999-0123abcd.npz", config={"seed": 1})  # of another seed
+    strange, before = set(theirs), contents(copied)
+    words = arguments(copied.parent, copied.name, **{"data-dir": place / "images"})
+    words = [word for word in words if word != str(copied.parent / "images")]
+    words.remove("--data-dir")
+    assert s4d.command(["train", *words, "--resume"]) == 0
+    after, said = contents(copied), capsys.readouterr().out
+    assert {n: after[Path(n)] for n in strange} == {n: before[Path(n)] for n in strange}
+    assert f"going on after step {SECOND}" in said
+    (own,) = copied.glob("model-*.npz")
+    assert f"model.npz is of another run and stays; this run's is {own}" in said
+    assert own.read_bytes() == (place / "alone" / "model.npz").read_bytes()
+    name = next(file.name for step, file in ours if step == STEPS)
+    ended, whole = (s4d.load(f / name) for f in (copied, place / "alone"))
+    assert all(a.tobytes() == whole[0][k].tobytes() for k, a in ended[0].items())
+
+
+@pytest.mark.parametrize(
+    "content", ["", "mine\n", '{"epoch": 1, "step": 17, "loss": 1}']
+)
+def test_metrics_of_another_are_not_touched(content, place, tmp_path):
+    (tmp_path / "mine").write_text(content)
+    for folder in ("mistyped", "alone"):
+        words = arguments(place, folder)[:-1] + [str(tmp_path / "mine"), "--resume"]
+        said = s4d.command(["train", *words])
+        assert (
+            said
+            == f"--metrics {tmp_path / 'mine'} is not of this run; allowed: "
+            + ("a new file, or its own")
+        )
+        assert contents(tmp_path) == {Path("mine"): content.encode()}
+    shutil.rmtree(place / "mistyped")
 
 
 def test_config_holds_every_setting_that_has_a_say(made, place):
     _, config = made
     settings = {flag.replace("-", "_") for flag in s4d.SETTINGS}
-    assert config.keys() == settings | {"dataset", "augment", "init", "images"}
+    others = {"dataset", "augment", "init", "images"} | s4d.surroundings().keys()
+    assert config.keys() == settings | others
+    assert config["jax"] == jax.__version__ and config["devices"] == "1 of cpu"
+    with jax.enable_x64(True):
+        assert s4d.surroundings()["enable_x64"] == "True"
 
 
 def test_nothing_to_go_on_with_is_a_beginning(made, tmp_path):
     said, (run, config) = [], made
-    with s4d.checkpoints(tmp_path / "new") as manager:
-        assert s4d.resume(manager, run, config, said.append) is None
+    assert s4d.resume(tmp_path / "new", run, config, said.append) is None
     assert "starting at the beginning" in said[0]
 
 
