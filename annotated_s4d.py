@@ -7688,6 +7688,7 @@ CURES = {
     "choose a place where you may read and write": "EACCES EPERM EROFS ENOENT",
     "choose a shorter name": "ENAMETOOLONG",
 }
+BROKEN_OFF = "broken off; what was saved stays"
 LEFT = "what was saved stays; start all of them again, with --resume to go on"
 
 
@@ -7717,7 +7718,7 @@ def outcome(work):
     except jax.errors.JaxRuntimeError as error:
         return explained(error)
     except KeyboardInterrupt:
-        return "broken off; what was saved stays"
+        return BROKEN_OFF
 
 
 # %% [markdown]
@@ -7753,10 +7754,10 @@ def work_as_partner(o, pipe):
     result = outcome(lambda: train_command(o))
     sys.stdout.flush()
     tell(result)
-    if isinstance(result, str):
-        time.sleep(1)  # so that the others can say what they found, too
-        os._exit(1)
-    jax.distributed.shutdown()
+    if result != BROKEN_OFF:
+        with contextlib.suppress(Exception):  # of a partner that has gone
+            jax.distributed.shutdown()  # waits until the others have said theirs, too
+    os._exit(0)
 
 
 # %% [markdown]
@@ -7780,12 +7781,13 @@ def wait_for_partner(o, arguments):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
     with open(here) as pipe:
-        told += map(json.loads, pipe)
+        for line in pipe:
+            told.append(json.loads(line))
     work.wait()
     if len(told) > 1:
         return told[1]
     if signals:
-        return "broken off; what was saved stays"
+        return BROKEN_OFF
     if told:
         return f"another process has gone, or this one has failed: {LEFT}"
     return (f"{o.num_processes} processes did not meet at {o.coordinator} in {o.patience} "
