@@ -7609,7 +7609,7 @@ def require_own_metrics(run, file):
     theirs = file.read_text(errors="replace").splitlines() if file.exists() else ours
     more = [f'{{"epoch": {i}, ' for i in range(len(ours) + 1, len(theirs) + 1)]
     own = all(line.startswith(start) for line, start in zip(theirs, ours + more))
-    fits = own and (ours or not file.exists())
+    fits = not file.exists() or (own and ours and theirs)
     require(fits, f"--metrics {file} is not of this run", "a new file, or its own")
 
 

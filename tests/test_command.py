@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -690,6 +691,206 @@ def test_arrays_survive_the_way_there_and_back(made):
     s4d.put_arrays(run, before)
     forms = map(s4d.key_form, jax.tree.leaves(nnx.state(run.model)))
     assert {form for form in forms if form} == {"rbg"}
+
+
+# -- several processes ----------------------------------------------------------------
+
+
+def pair(place, *extra, name="pair", patience=60):
+    """Start two processes, each with words of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = ["train", *arguments(place, name), f"--coordinator=127.0.0.1:{port}"]
+    both += ["--num-processes=2", f"--patience={patience}"]
+    return [
+        start(place, [*both, f"--process-id={i}", *words])
+        for i, words in enumerate(extra)
+    ]
+
+
+def test_processes_with_other_settings_are_refused(runs, place):
+    """Both say so and end, before the first step."""
+    for process, said in zip(
+        pair(place, ["--seed=1"], ["--epochs=7"]),
+        (
+            "process 1 is of another run: epochs is 7 there and 3 here; "
+            "seed is 0 there and 1 here; allowed: the same settings",
+            "process 0 is of another run: epochs is 3 there and 7 here; ",
+        ),
+    ):
+        (sentence,) = finish(process, status=1).splitlines()
+        assert sentence.startswith(said)
+    assert not (place / "pair").exists()
+
+
+def test_a_partner_that_dies_or_never_comes(runs, place):
+    """One dies in the first epoch, or never comes: the other ends with a sentence."""
+    alone, *_ = pair(place, [], patience=2)
+    for dead in (0, 1):
+        both = pair(place, ["--epochs=999"], ["--epochs=999"], name=f"dead{dead}")
+        for line in both[0].stdout:
+            if line.startswith("epoch 1 "):
+                break
+        both[dead].kill()
+        since = time.monotonic()
+        said = finish(both[1 - dead], status=1)
+        assert time.monotonic() - since < 30
+        last = said.splitlines()[-1]
+        assert last.startswith("another process has gone") and "--resume" in last
+        assert "Traceback" not in said and "***" not in said
+        both[dead].communicate()
+    (said,) = finish(alone, status=1).splitlines()
+    assert "did not meet at 127.0.0.1:" in said and "in 2 seconds; allowed" in said
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """This process is one of two; `two` holds what the other has, in turn."""
+    others, gather = [], s4d.multihost_utils.process_allgather
+
+    def with_the_other(mine):
+        return np.stack([mine, others.pop(0) if others else mine])
+
+    assert gather(np.array([1])).shape == (1, 1)
+    monkeypatch.setattr(s4d.multihost_utils, "process_allgather", with_the_other)
+    return others
+
+
+def test_everyone_hears_what_the_others_have(two):
+    text = b'{"seed": "one"}'
+    two += [np.array(len(text)), np.frombuffer(text, np.uint8)]
+    assert s4d.from_all({"a": "\u00e9"}) == [{"a": "\u00e9"}, {"seed": "one"}]
+    text = b'{"seed": 17}'
+    two += [np.array(len(text)), np.frombuffer(text, np.uint8)]
+    with pytest.raises(ValueError, match="process 1 is of .*: seed is 17 there and 18"):
+        s4d.require_same(seed=18)
+    s4d.require_same(seed=18)
+
+
+def test_a_folder_that_not_all_see_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(s4d, "from_all", lambda mine: [mine, False])
+    with pytest.raises(ValueError, match="process 1 does not see .*new of process 0"):
+        s4d.prepare_folder(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_addresses_where_processes_cannot_meet(capsys, no_data):
+    rest = ["--num-processes=2", "--process-id=0"]
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        for address, said in {
+            "localhost": "allowed: HOST:PORT",
+            "localhost:": "allowed: HOST:PORT",
+            ":1234": "allowed: HOST:PORT",
+            "localhost:65536": "a port from 1 to 65535",
+            "localhost:http": "a port from 1 to 65535",
+            "no.such.host.invalid:1234": "this host is not known",
+            f"localhost:{port}": f"port {port} cannot be used here (Address already",
+        }.items():
+            said = f"--coordinator {address}: " + said
+            assert said in refused(capsys, "train", f"--coordinator={address}", *rest)
+    assert "'0'" in refused(capsys, "train", "--patience=0")
+
+
+# -- what goes wrong with paths, disks and signals ------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["checkpoint-dir", "metrics", "data-dir"])
+def test_paths_that_are_not_of_this_machine(
+    flag, capsys, no_data, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    for path in (
+        "gs://bucket/run",
+        "s3:/bucket",
+        "file:///tmp/x",
+        "",
+        "a\udcff",
+        "a\nb",
+    ):
+        said = refused(capsys, "train", "--dataset=mnist", f"--{flag}={path}")
+        assert f"--{flag}: {path!r}; allowed: the path of something on this" in said
+    assert "~nobody-here" in refused(capsys, "train", f"--{flag}=~nobody-here/x")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path, wanted in {"~/x": "x", "x": "x", "gs:x": "gs:x", "é ü": "é ü"}.items():
+        assert s4d.local_path(path) == tmp_path / wanted
+
+
+@pytest.mark.parametrize("word", ["--seed=--", "--seed=\udcff", "--checkpoint-dir=--"])
+def test_odd_values_are_one_sentence(word, capsys, no_data, monkeypatch):
+    if word == "--checkpoint-dir=--" and sys.version_info >= (3, 12):
+        pytest.skip("a name like any")
+    assert f"argument {word.split('=')[0]}: " in refused(capsys, "train", word)
+
+
+def test_go_on_with_names_all_that_is_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = (
+        "train --check a --lr=1e-05 --seed 7 --init inv --data-dir . --dataset mnist"
+    )
+    o = s4d.read_options([*words.split(), "--metrics", "a b"])
+    python, script, *rest = shlex.split(o.again)
+    assert (python, script) == (sys.executable, str(Path(s4d.__file__).absolute()))
+    monkeypatch.chdir("/")
+    again = s4d.read_options(rest)
+    assert again.resume and not o.resume
+    assert vars(again) | {"resume": False} == vars(o)
+
+
+@pytest.mark.parametrize("folder", ["/proc/run", "file/run", "long" * 99, "a/" * 2500])
+def test_folders_that_cannot_be_are_one_sentence(folder, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(s4d, "make_run", lambda o: s4d.prepare_folder(o.checkpoint_dir))
+    said = s4d.command(["train", "--checkpoint-dir", folder])
+    assert folder.rstrip("/")[:300] in said and ": " in said and "\n" not in said
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_is_one_sentence(runs, place, capsys):
+    """No file may be longer than this, as if there were no more room."""
+    cut = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, cut[1]))
+    try:
+        said = s4d.command(["train", *arguments(place, "full")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, cut)
+    file = rf"{place}/full/{FIRST}-\w+.npz"
+    assert re.fullmatch(f"{file}: File too large: make room .* with --resume", said)
+    assert list((place / "full").iterdir()) == []
+    assert "epoch" not in capsys.readouterr().out
+
+
+def test_a_second_signal_while_a_checkpoint_is_written(made, tmp_path, monkeypatch):
+    run, config = made
+    s4d.save(tmp_path, run, config)
+    before = contents(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda _: os.kill(os.getpid(), signal.SIGINT))
+
+    def work():
+        with s4d.stop_noted():
+            s4d.save(tmp_path, run, config)
+            assert contents(tmp_path) == before  # one signal is only noted
+            s4d.save(tmp_path, run, config)
+            raise AssertionError("not reached")
+
+    assert s4d.outcome(work) == "broken off; what was saved stays"
+    assert contents(tmp_path) == before
+
+
+def test_errors_say_what_to_do():
+    for error, said in {
+        PermissionError(13, "Permission denied", "/a"): (
+            "/a: Permission denied: choose a place where you may read and write"
+        ),
+        OSError(28, "No space left on device"): "the terminal: No space left on .*room",
+        MemoryError(): "there is not enough memory: try a smaller --batch-size",
+        ValueError("one\ntwo"): "one",
+        FloatingPointError("loss nan at step 3"): "loss nan at step 3: try a smaller",
+    }.items():
+        assert re.match(said, s4d.explained(error))
 
 
 # -- pieces ---------------------------------------------------------------------------

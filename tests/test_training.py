@@ -281,7 +281,8 @@ def test_damaged_weights_are_refused_by_name(content, weights, tmp_path):
     if content == "a .npy":
         np.save(tmp_path / "x.npy", np.zeros(3))
         content = (tmp_path / "x.npy").read_bytes()
-    flipped = raw[:500] + bytes([raw[500] ^ 1]) + raw[501:]
+    at = raw.index(b"encoder/kernel.npy") + 120  # in what follows its name
+    flipped = raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
     file.write_bytes({"cut": raw[:-50], "flipped": flipped}.get(content, content))
     with pytest.raises(ValueError, match=f"{file} is damaged, or no .npz.*: give a"):
         s4d.load_parameters(file, model)
