@@ -96,18 +96,13 @@ if SERVED:
     sys.modules["streamlit"].stop()
 
 # %%
-import argparse
 import base64
 import contextlib
 import copy
 import ctypes
-import errno
-import filecmp
 import functools
-import gzip
 import hashlib
 import html
-import importlib.metadata
 import inspect
 import io
 import itertools
@@ -115,15 +110,9 @@ import json
 import math
 import os
 import pickle
-import platform
-import shlex
-import signal
-import socket
-import subprocess
 import threading
 import time
 import uuid
-import zlib
 from urllib.parse import quote
 
 import jax
@@ -135,7 +124,6 @@ import rich.console
 import rich.progress
 import scipy  # its modules are imported when they are first used
 from flax import nnx
-from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
 
 # %% [markdown]
@@ -2930,7 +2918,7 @@ def train_step(model, optimizer, u, labels, weights=None):
 
 # %%
 def require_labels(name, data, scores):
-    """Refuse (inputs, labels) unless each answer has a label, an integer from 0 to V - 1.
+    """Refuse (inputs, labels) unless each answer has a label, an integer below V.
 
     scores is the shape of the answer to one input, (V,) or (L, V).
     """
@@ -3207,22 +3195,30 @@ def save_parameters(file, model, history):
 
 
 # %% [markdown]
-# Whoever reads a file makes sure of it first: that it is whole, that its arrays are
-# those of the model, and that they hold numbers such as a training leaves.
+# Whoever reads a file makes sure of it first, that it is whole,
 
 # %%
-def read_arrays(file, cure):
+FITTING = "give a file that save_parameters wrote for a model of these sizes"
+
+
+def read_arrays(file):
     """All arrays of a .npz file by name. Raises ValueError or OSError with the cure."""
     try:
         with np.load(file, allow_pickle=False) as saved:
             return dict(saved)
     except OSError as error:
-        raise type(error)(f"{file} cannot be read ({error.strerror}): {cure}") from None
+        reason = f"{file} cannot be read ({error.strerror})"
+        raise type(error)(f"{reason}: {FITTING}") from None
     except Exception as error:  # whatever a damaged file makes a reader say
         reason = f"{file} is damaged, or no .npz file ({type(error).__name__})"
-        raise ValueError(f"{reason}: {cure}") from None
+        raise ValueError(f"{reason}: {FITTING}") from None
 
 
+# %% [markdown]
+# that its arrays are those of the model, and that they hold numbers such as a training
+# leaves.
+
+# %%
 def load_parameters(file, model):
     """Read them into a model of the same shapes. Returns the history.
 
@@ -3230,21 +3226,21 @@ def load_parameters(file, model):
     hold other than finite real numbers; OSError if the file cannot be read.
     """
     file = npz(file) if npz(file).exists() else Path(file)
-    cure = "give a file that save_parameters wrote for a model of these sizes"
-    saved, flat = read_arrays(file, cure), nnx.to_flat_state(nnx.state(model, nnx.Param))
+    saved = read_arrays(file)
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     params = {"/".join(map(str, path)): p for path, p in flat}
     history = saved.pop("history", np.array("none"))
     numbers = history.dtype.kind in "fiu"
-    require(numbers, f"{file}: history is {history.dtype}", f"a history; {cure}")
+    require(numbers, f"{file}: history is {history.dtype}", f"a history; {FITTING}")
     ours = {name: p.shape for name, p in params.items()}
     theirs = {name: array.shape for name, array in saved.items()}
     odd = dict(sorted(ours.items() ^ theirs.items()))
-    require(not odd, f"{file} differs in {odd}", f"the arrays of the model; {cure}")
+    require(not odd, f"{file} differs in {odd}", f"the arrays of the model; {FITTING}")
     for name, array in saved.items():
         given, real = f"{file}: {name} is {array.dtype}", array.dtype.kind == "f"
-        require(real, given, f"floating-point numbers; {cure}")
-        finite = np.abs(array) <= jnp.finfo(params[name].dtype).max
-        require(finite.all(), f"{file}: {name} is not finite", f"finite numbers; {cure}")
+        require(real, given, f"floating-point numbers; {FITTING}")
+        finite = (np.abs(array) <= jnp.finfo(params[name].dtype).max).all()
+        require(finite, f"{file}: {name} is not finite", f"finite numbers; {FITTING}")
     for name, p in params.items():
         p.set_value(jnp.asarray(saved[name]))
     nnx.update(model, nnx.from_flat_state(flat))
@@ -6755,7 +6751,23 @@ export default function explore({ parentElement, data: [data], setStateValue }) 
 # `python annotated_s4d.py train --help` lists what can be set. This appendix explains
 # what stands behind it, in the order in which a run meets it: data, devices,
 # checkpoints, command. The loop is that of Part 11.
-#
+
+# %%
+import argparse
+import errno
+import filecmp
+import gzip
+import importlib.metadata
+import platform
+import shlex
+import signal
+import socket
+import subprocess
+import zlib
+
+from jax.experimental import multihost_utils
+
+# %% [markdown]
 # ### Larger digits
 #
 # Beside the digits of Part 11 the command knows MNIST: 70,000 digits of 28 by 28
@@ -7209,10 +7221,10 @@ def sign(config):
 
 
 def checkpoints(folder):
-    """All checkpoints in a folder, of whatever run, as (step, file), last steps first."""
+    """All checkpoints in a folder, of whatever run: (step, file), last steps first."""
     files = Path(folder).glob("*-*.npz") if Path(folder).is_dir() else ()
-    named = [(re.fullmatch(r"(\d+)-[0-9a-f]{8}\.npz", file.name), file) for file in files]
-    return sorted(((int(name[1]), file) for name, file in named if name), reverse=True)
+    ours = [file for file in files if re.fullmatch(r"\d+-[0-9a-f]{8}", file.stem)]
+    return sorted(((int(file.stem[:-9]), file) for file in ours), reverse=True)
 
 
 def save(folder, run, config):
@@ -7589,8 +7601,9 @@ METRICS = "epoch step loss validation_loss validation_accuracy seconds".split()
 
 def metric_lines(run):
     """A line of JSON for each epoch."""
-    rows = zip(range(1, len(run.history) + 1), run.history, run.seconds)
-    return [json.dumps(dict(zip(METRICS, (i, *row, seconds)))) for i, row, seconds in rows]
+    epochs = enumerate(zip(run.history, run.seconds), 1)
+    rows = [(i, *row, seconds) for i, (row, seconds) in epochs]
+    return [json.dumps(dict(zip(METRICS, row))) for row in rows]
 
 
 def write_metrics(run, file):
@@ -7698,7 +7711,7 @@ def explained(error):
     if isinstance(error, FloatingPointError):
         return f"{said}: try a smaller --lr"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in said:
-        return "there is not enough memory: try a smaller --batch-size, or a smaller model"
+        return "there is not enough memory: try a smaller --batch-size, or model"
     if jax.process_count() > 1 and re.match("[A-Z_]+: ", said):  # so speaks the library
         return f"another process has gone: {LEFT}"
     if isinstance(error, OSError) and error.errno:
@@ -7790,9 +7803,9 @@ def wait_for_partner(o, arguments):
         return BROKEN_OFF
     if told:
         return f"another process has gone, or this one has failed: {LEFT}"
-    return (f"{o.num_processes} processes did not meet at {o.coordinator} in {o.patience} "
-            "seconds; allowed: one for each --process-id, all with the same settings, or "
-            "more --patience")
+    return (f"{o.num_processes} processes did not meet at {o.coordinator} in "
+            f"{o.patience} seconds; allowed: one for each --process-id, all with the "
+            "same settings, or more --patience")
 
 
 # %% [markdown]
