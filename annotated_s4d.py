@@ -3500,6 +3500,12 @@ if RUN:
 # its own, and the same ones when it runs again.
 
 # %%
+def draws(model):
+    """Whether a model uses chance when it runs: has it a dropout that is on?"""
+    drops = [part for _, part in nnx.iter_modules(model) if type(part) is nnx.Dropout]
+    return any(drop.rate > 0 and not drop.deterministic for drop in drops)
+
+
 def advance_in_chunks(model, x, u, size, lengths=None):
     """Advance by chunks of `size` samples, which the gradient computes once more.
 
@@ -3523,7 +3529,8 @@ def advance_in_chunks(model, x, u, size, lengths=None):
         return (x, nnx.state(model, nnx.Not(nnx.Param))), y
 
     (x, rest), y = jax.lax.scan(chunk, (carried(x, u), rest), (u, own))
-    nnx.update(model, rest)
+    if draws(model):
+        nnx.update(model, rest)
     return x, y.swapaxes(0, 1).reshape(batch, n * size, -1)[:, :L]
 
 
@@ -7057,6 +7064,8 @@ class SplitS4D(S4D):
     linear = nnx.Linear
 
     def __call__(self, u, lengths=None):
+        if mesh("time").size == 1:  # nothing to divide
+            return super().__call__(u, lengths)
         u, lengths = admit(u, len(self.D), lengths)
         L = u.shape[1]
         v = jnp.pad(u.swapaxes(1, 2), ((0, 0), (0, 0), (0, -L % mesh("time").size)))
