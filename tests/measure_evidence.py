@@ -35,7 +35,9 @@ import optax
 from flax import nnx
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+import training  # noqa: E402
+
 import annotated_s4d as s4d  # noqa: E402
 from tests.measure_digits import GRU, size  # noqa: E402
 
@@ -72,7 +74,8 @@ def load(task, folder=None):
     if task == "digits":
         return s4d.load_digits()
     parts = [
-        [array[:n] for array in part] for part, n in zip(s4d.load_mnist(folder), IMAGES)
+        [array[:n] for array in part]
+        for part, n in zip(training.load_mnist(folder), IMAGES)
     ]
     if task == "whole":
         return parts
@@ -104,10 +107,10 @@ def freeze(optimizer, model, names):
 def fit(model, task, seed, data, validation, frozen=(), **rates):
     """Train on a task; returns the last validation accuracy. No times: see `cost`."""
     options = SCHEDULE[task] | rates
-    run = s4d.TrainingRun(model, data, validation, seed=seed, **options)
+    run = training.TrainingRun(model, data, validation, seed=seed, **options)
     if frozen:
         run.optimizer = freeze(run.optimizer, model, frozen)
-    for ended in s4d.run_training(run):
+    for ended in training.run_training(run):
         if ended:
             step, loss, _, accuracy = run.history[-1]
             log(f"  step {step} loss {loss:.3f} validation {accuracy:.1%}")

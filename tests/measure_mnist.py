@@ -3,7 +3,7 @@
     python tests/measure_mnist.py                     fetches MNIST
     python tests/measure_mnist.py --data-dir DIR      reads its four files from a folder
 
-Starts `annotated_s4d.py train` and keeps what that reports in assets/mnist.json, which
+Starts `notebooks/training.py` and keeps what that reports in assets/mnist.json, which
 Part 13 reads. A run that was stopped goes on where it was: its checkpoints are in
 --folder until it has ended.
 """
@@ -25,8 +25,8 @@ import flax
 import jax
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import annotated_s4d as s4d  # noqa: E402
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+import training  # noqa: E402
 
 SETTINGS = (
     "--dataset mnist --d-model 64 --d-state 64 --n-layers 3 --expand 0 "
@@ -37,7 +37,7 @@ SETTINGS = (
 def record(settings, images, metrics, said):
     """What a run has reported: its settings, its lines of JSON, its last words."""
     return dict(
-        command="python annotated_s4d.py train " + settings,
+        command="python notebooks/training.py " + settings,
         versions=dict(
             python=platform.python_version(), jax=jax.__version__, flax=flax.__version__
         ),
@@ -65,7 +65,7 @@ def main():
     if options.data_dir:
         words += ["--data-dir", options.data_dir]
     words += ["--resume"] * (folder / "run").exists()
-    command, said = [sys.executable, ROOT / "annotated_s4d.py", "train", *words], ""
+    command, said = [sys.executable, training.__file__, *words], ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run ends itself, and saves
         for line in run.stdout:
@@ -74,7 +74,7 @@ def main():
     if run.returncode:
         return run.returncode
     metrics = (folder / "run.jsonl").read_text(encoding="utf-8")
-    images = [len(part[0]) for part in s4d.load_mnist(options.data_dir)]
+    images = [len(part[0]) for part in training.load_mnist(options.data_dir)]
     text = json.dumps(record(settings, images, metrics, said), indent=1)
     (ROOT / "assets" / "mnist.json").write_text(text + "\n", encoding="utf-8")
     shutil.rmtree(folder)

@@ -1,5 +1,6 @@
-"""Appendix D: the command line, its data, its checkpoints, several devices."""
+"""The companion: the command line, its data, its checkpoints, several processes."""
 
+import ast
 import functools
 import gzip
 import http.server
@@ -15,14 +16,17 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jupytext
 import numpy as np
 import optax
 import pytest
 import scipy.ndimage
+import training
 from flax import nnx
 
 import annotated_s4d as s4d
@@ -59,7 +63,7 @@ def write_mnist(folder, train=220, test=22, side=6, end=".gz"):
 def refused(capsys, *arguments):
     """What the command says of arguments that it refuses, before it reads any data."""
     with pytest.raises(SystemExit) as left:
-        s4d.command([str(argument) for argument in arguments])
+        training.command([str(argument) for argument in arguments])
     assert left.value.code == 2
     return capsys.readouterr().err.splitlines()[-1]
 
@@ -70,25 +74,25 @@ def no_data(monkeypatch):
         raise AssertionError("data is touched")
 
     for name in ("load_digits", "load_mnist", "make_run"):
-        monkeypatch.setattr(s4d, name, touched)
+        monkeypatch.setattr(training, name, touched)
 
 
-@pytest.mark.parametrize("flag", s4d.SETTINGS)
+@pytest.mark.parametrize("flag", training.SETTINGS)
 def test_numbers_out_of_range_are_refused_with_the_range(flag, capsys, no_data):
-    kind, _, low, high, _ = s4d.SETTINGS[flag]
+    kind, _, low, high, _ = training.SETTINGS[flag]
     for text in (low - 1, high + 1, "nan", "many", "inf"):
-        said = refused(capsys, "train", f"--{flag}={text}")
+        said = refused(capsys, f"--{flag}={text}")
         assert f"--{flag}: '{text}'; allowed: " in said
         assert f"from {low} to {high}" in said
     if kind is int:
-        assert "whole numbers" in refused(capsys, "train", f"--{flag}=2.5")
+        assert "whole numbers" in refused(capsys, f"--{flag}=2.5")
     for text in (low, high):
         with pytest.raises(AssertionError, match="data is touched"):
-            s4d.command(["train", f"--{flag}={text}"])
+            training.command([f"--{flag}={text}"])
 
 
 def test_an_odd_state_is_refused(capsys, no_data):
-    assert "even, from 2 to 4096" in refused(capsys, "train", "--d-state=7")
+    assert "even, from 2 to 4096" in refused(capsys, "--d-state=7")
 
 
 def test_other_arguments_are_refused(capsys, no_data, tmp_path):
@@ -96,39 +100,38 @@ def test_other_arguments_are_refused(capsys, no_data, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "16").mkdir()
     for arguments, sentence in {
-        ("fly",): "invalid choice: 'fly'",
-        ("train", "--fly"): "unrecognized arguments: --fly",
-        ("train", "--dataset", "cats"): "invalid choice: 'cats'",
-        ("train", "--init", "hippo"): "invalid choice: 'hippo'",
-        ("train", "--augment", "flip"): "invalid choice: 'flip'",
-        ("train", "--data-dir", tmp_path): "--data-dir is for --dataset mnist",
-        ("train", "--dataset=mnist", "--data-dir", tmp_path / "no"): "no is no folder",
-        ("train", "--resume"): "--resume needs --checkpoint-dir",
-        ("train", "--checkpoint-dir", tmp_path / "file"): "file is a file",
+        ("fly",): "unrecognized arguments: fly",
+        ("--fly",): "unrecognized arguments: --fly",
+        ("--dataset", "cats"): "invalid choice: 'cats'",
+        ("--init", "hippo"): "invalid choice: 'hippo'",
+        ("--augment", "flip"): "invalid choice: 'flip'",
+        ("--data-dir", tmp_path): "--data-dir is for --dataset mnist",
+        ("--dataset=mnist", "--data-dir", tmp_path / "no"): "no is no folder",
+        ("--resume",): "--resume needs --checkpoint-dir",
+        ("--checkpoint-dir", tmp_path / "file"): "file is a file",
         (
-            "train",
             "--checkpoint-dir",
             tmp_path / "full",
         ): "is not empty; allowed: a new",
-        ("train", "--metrics", tmp_path / "no" / "m"): "there is no such folder",
-        ("train", "--metrics", tmp_path / "file"): "exists; allowed: a new file",
-        ("train", "--coordinator", "localhost:1"): "belong together",
-        ("train", "--coordinator=localhost:1", "--num-processes=2", "--process-id=2"): (
+        ("--metrics", tmp_path / "no" / "m"): "there is no such folder",
+        ("--metrics", tmp_path / "file"): "exists; allowed: a new file",
+        ("--coordinator", "localhost:1"): "belong together",
+        ("--coordinator=localhost:1", "--num-processes=2", "--process-id=2"): (
             "--process-id is 2; allowed: 0 to 1"
         ),
-        ("train", "--num-processes=0"): "allowed: whole numbers, from 1",
+        ("--num-processes=0",): "allowed: whole numbers, from 1",
     }.items():
         assert sentence in refused(capsys, *arguments)
 
 
 def test_processes_from_the_environment(capsys, no_data, monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
-    assert "belong together" in refused(capsys, "train")
+    assert "belong together" in refused(capsys)
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     monkeypatch.setenv("JAX_PROCESS_ID", "two")
-    assert "--process-id: 'two'; allowed" in refused(capsys, "train")
+    assert "--process-id: 'two'; allowed" in refused(capsys)
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
-    o = s4d.read_options(["train"])
+    o = training.read_options([])
     assert (o.coordinator, o.num_processes, o.process_id) == ("localhost:1", 2, 1)
 
 
@@ -142,14 +145,14 @@ def test_what_goes_wrong_on_the_way_is_one_sentence(monkeypatch, capsys):
         def fail(_, error=error):
             raise error
 
-        monkeypatch.setattr(s4d, "make_run", fail)
-        assert re.search(said, s4d.command(["train"]))
+        monkeypatch.setattr(training, "make_run", fail)
+        assert re.search(said, training.command([]))
 
 
 def test_more_than_the_images_in_a_batch_is_refused(tmp_path):
     write_mnist(tmp_path)
     arguments = ["--dataset=mnist", f"--data-dir={tmp_path}", "--batch-size=199"]
-    said = s4d.command(["train", *arguments])
+    said = training.command([*arguments])
     assert said == "--batch-size is 199; allowed: 1 to 198 images"
 
 
@@ -159,7 +162,7 @@ def test_more_than_the_images_in_a_batch_is_refused(tmp_path):
 @pytest.mark.parametrize("end", ["", ".gz"])
 def test_mnist_is_read_in_order(tmp_path, end):
     images, labels, test_images, test_labels = write_mnist(tmp_path, end=end)
-    train, validation, test = s4d.load_mnist(tmp_path)
+    train, validation, test = training.load_mnist(tmp_path)
     assert [len(part[1]) for part in (train, validation, test)] == [198, 22, 22]
     ours = np.concatenate([train[0], validation[0]])
     assert ours.dtype == np.float32 and ours.shape == (220, 36, 1)
@@ -194,8 +197,8 @@ def flip(path):
 def test_damaged_files_are_refused_by_name(tmp_path, end, spoil, said):
     write_mnist(tmp_path, end=end)
     spoil(tmp_path / f"train-images-idx3-ubyte{end}")
-    arguments = ["train", "--dataset", "mnist", "--data-dir", str(tmp_path)]
-    sentence = s4d.command(arguments)
+    arguments = ["--dataset", "mnist", "--data-dir", str(tmp_path)]
+    sentence = training.command(arguments)
     assert said in sentence and "\n" not in sentence
     assert str(tmp_path) in sentence and "leave out --data-dir" in sentence
 
@@ -206,11 +209,11 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
     for wrong in (labels[1:], labels + np.uint8(1)):
         write_idx(path, wrong)
         with pytest.raises(ValueError, match="each with a label from 0 to 9"):
-            s4d.load_mnist(tmp_path)
+            training.load_mnist(tmp_path)
     write_idx(path, labels)
     write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", np.zeros((22, 5, 5), np.uint8))
     with pytest.raises(ValueError, match="test images of another size"):
-        s4d.load_mnist(tmp_path)
+        training.load_mnist(tmp_path)
 
 
 @pytest.fixture
@@ -236,20 +239,22 @@ def test_mnist_is_fetched_once(server, tmp_path, monkeypatch):
         f"{hashlib.sha256(path.read_bytes()).hexdigest()}"
         for path in files.iterdir()
     ]
-    monkeypatch.setattr(s4d, "MNIST_SHA256", "\n".join(sums))
-    folder = Path(s4d.fetch_mnist(url, tmp_path / "cache"))
+    monkeypatch.setattr(training, "MNIST_SHA256", "\n".join(sums))
+    folder = Path(training.fetch_mnist(url, tmp_path / "cache"))
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
         p.name: p.read_bytes() for p in files.iterdir()
     }
     served.shutdown()
     shutil.rmtree(files)
-    assert Path(s4d.fetch_mnist(url, tmp_path / "cache")) == folder  # no second time
+    assert (
+        Path(training.fetch_mnist(url, tmp_path / "cache")) == folder
+    )  # no second time
 
 
 def test_a_wrong_checksum_is_refused(server, tmp_path):
     url, *_ = server
     with pytest.raises(OSError, match="idx3-ubyte.gz has a wrong checksum.*--data-dir"):
-        s4d.fetch_mnist(url, tmp_path / "cache")
+        training.fetch_mnist(url, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.gz"))
 
 
@@ -258,13 +263,13 @@ def test_no_network_is_one_sentence(tmp_path):
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/"
         with pytest.raises(OSError, match="cannot be fetched.*--data-dir") as error:
-            s4d.fetch_mnist(url, tmp_path)
+            training.fetch_mnist(url, tmp_path)
     assert "train-images-idx3-ubyte.gz" in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_the_checksums_are_of_the_four_files():
-    names, sums = zip(*map(str.split, s4d.MNIST_SHA256.strip().splitlines()))
+    names, sums = zip(*map(str.split, training.MNIST_SHA256.strip().splitlines()))
     kinds = ("images-idx3", "labels-idx1")
     assert names == tuple(f"{a}-{b}" for a in ("train", "t10k") for b in kinds)
     assert all(re.fullmatch("[0-9a-f]{64}", value) for value in sums)
@@ -293,6 +298,57 @@ def test_who_runs_what(name, file, argv, run, command, monkeypatch, tmp_path):
     names = {"__name__": name} | ({"__file__": file} if file else {})
     exec(hook, names)
     assert (names["RUN"], names["COMMAND"] or False) == (run, command)
+
+
+def test_the_command_has_moved():
+    """The article says where, in one sentence, and does nothing."""
+    words = [sys.executable, "-B", s4d.__file__, "train", "--epochs", "1"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    moved = "the command line has moved: python notebooks/training.py --help"
+    assert done.stderr.splitlines() == [moved]
+
+
+def test_a_companion_without_its_article(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    script = shutil.copy(training.__file__, tmp_path / "notebooks")
+    words = [sys.executable, "-B", script, "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    (said,) = done.stderr.splitlines()
+    assert said.startswith("annotated_s4d.py is missing; allowed: in the folder above")
+
+
+def test_the_article_knows_no_companion():
+    tree = ast.parse(Path(s4d.__file__).read_text(encoding="utf-8"))
+    names = {
+        alias.name
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Import)
+        for alias in n.names
+    }
+    names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert "training" not in names and "argparse" not in names
+
+
+def test_a_notebook_runs_every_cell_of_the_companion(monkeypatch):
+    """The cells that work, as a kernel would run them; small models are small."""
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    shown = []
+    namespace = {"__name__": "__main__", "show": shown.append}
+    for cell in jupytext.read(training.__file__).cells:
+        if cell.cell_type == "code":
+            exec(compile(cell.source, "cell", "exec"), namespace)
+            namespace["show"] = shown.append
+    assert [draw.__name__ for draw in shown] == ["digits_on_rubber"]
+    assert namespace["same"] and not namespace["COMMAND"]
+    assert namespace["digits_on_rubber"]().axes
+
+
+def test_every_function_of_the_companion_says_what_it_does():
+    for node in ast.parse(Path(training.__file__).read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            assert ast.get_docstring(node), node.name
 
 
 def test_under_streamlit_arguments_are_not_a_command(monkeypatch):
@@ -339,7 +395,7 @@ def start(place, words, devices=1, folder=None):
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     return subprocess.Popen(
-        [sys.executable, s4d.__file__, *words],
+        [sys.executable, training.__file__, *words],
         cwd=folder or place,
         env=env,
         text=True,
@@ -361,10 +417,10 @@ def runs(place):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    two = ["train", *arguments(place, "two"), f"--coordinator=127.0.0.1:{port}"]
+    two = [*arguments(place, "two"), f"--coordinator=127.0.0.1:{port}"]
     two = [*two, "--num-processes=2", "--process-id"]
-    alone = start(place, ["train", *arguments(place, "alone")])
-    eight = start(place, ["train", *arguments(place, "eight")], devices=8)
+    alone = start(place, [*arguments(place, "alone")])
+    eight = start(place, [*arguments(place, "eight")], devices=8)
     pair = [start(place, [*two, str(i)]) for i in (0, 1)]
     started = {"alone": alone, "eight": eight, "first": pair[0], "second": pair[1]}
     yield {name: finish(process) for name, process in started.items()}
@@ -372,9 +428,9 @@ def runs(place):
 
 def saved(folder):
     """The last checkpoint of a run: all arrays, the place in the data."""
-    step, file = s4d.checkpoints(folder)[0]
+    step, file = training.checkpoints(folder)[0]
     assert step == STEPS
-    arrays, place = s4d.load(file)
+    arrays, place = training.load(file)
     return arrays, {k: v for k, v in place.items() if k not in ("seconds", "checksum")}
 
 
@@ -404,7 +460,7 @@ def test_the_command_trains_and_does_nothing_else(runs, place):
     )
     assert re.search(r"\d steps/s   [\d,]+ s left$", said[1])
     assert said[4].startswith("test: loss ") and len(said) == 5
-    steps, files = zip(*s4d.checkpoints(place / "alone"))
+    steps, files = zip(*training.checkpoints(place / "alone"))
     assert steps == (STEPS, SECOND, FIRST)
     assert {*(place / "alone").iterdir()} == {*files, place / "alone" / "model.npz"}
     assert not (place / "assets").exists()
@@ -416,7 +472,7 @@ def test_metrics_are_a_line_of_json_for_each_epoch(runs, place):
     assert [row["step"] for row in got] == [FIRST, SECOND, STEPS]
     assert 0 < got[0]["seconds"] < got[1]["seconds"] < got[2]["seconds"]
     arrays, where = saved(place / "alone")
-    history = [tuple(row[key] for key in s4d.METRICS[1:-1]) for row in got]
+    history = [tuple(row[key] for key in training.METRICS[1:-1]) for row in got]
     assert history == [tuple(row) for row in where["history"]]
     assert len(arrays["losses"]) == STEPS
     assert got[2]["loss"] == pytest.approx(arrays["losses"][-17:].mean(), rel=1e-12)
@@ -426,7 +482,7 @@ def test_the_trained_model_can_be_used(runs, place):
     model = s4d.digit_model(5, 4, 4, 1)
     history = s4d.load_parameters(place / "alone" / "model.npz", model)
     assert history.tolist() == [list(row.values())[1:5] for row in rows(place, "alone")]
-    loss, accuracy = s4d.evaluate(model, s4d.load_mnist(place / "images")[2])
+    loss, accuracy = s4d.evaluate(model, training.load_mnist(place / "images")[2])
     said = re.search(r"test: loss ([\d.]+), accuracy ([\d.]+)%", runs["alone"])
     assert (loss, 100 * accuracy) == pytest.approx(
         (float(said[1]), float(said[2])), abs=0.006
@@ -470,7 +526,7 @@ def test_rows_without_weight_change_nothing():
 
 def test_killed_and_resumed_it_ends_with_the_same_bits(runs, place):
     """SIGKILL while a checkpoint is being written, or soon after, when one has been."""
-    words = ["train", *arguments(place, "killed")]
+    words = [*arguments(place, "killed")]
     run, folder = start(place, words), place / "killed"
     deadline = time.monotonic() + 200
     while not (any(folder.glob(f"{FIRST}-*")) and any(folder.glob(".*.part"))):
@@ -491,7 +547,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(runs, place):
 def test_interrupted_and_spoilt_it_ends_with_the_same_bits(runs, place):
     """Ctrl-C in an epoch; the checkpoint that this made is then damaged."""
     run, folder = (
-        start(place, ["train", *arguments(place, "stopped")]),
+        start(place, [*arguments(place, "stopped")]),
         place / "stopped",
     )
     for line in run.stdout:
@@ -502,15 +558,15 @@ def test_interrupted_and_spoilt_it_ends_with_the_same_bits(runs, place):
     step, again = re.search(
         r"stopped after step (\d+); go on with: (.*)", said
     ).groups()
-    at, spoil = s4d.checkpoints(folder)[0]
+    at, spoil = training.checkpoints(folder)[0]
     assert FIRST <= int(step) == at < STEPS
     if at == FIRST:  # Ctrl-C was quick
         later = folder / spoil.name.replace(f"{FIRST}-", f"{SECOND}-")
         spoil = Path(shutil.copy(spoil, later))
     flip(spoil)
-    good = s4d.checkpoints(folder)[1][0]
+    good = training.checkpoints(folder)[1][0]
     words = shlex.split(again)
-    assert words[:3] == [sys.executable, s4d.__file__, "train"]
+    assert words[:2] == [sys.executable, training.__file__]
     assert words[-1] == "--resume"
     said = finish(start(place, words[2:], folder="/"))  # it works from any folder
     assert f"{spoil} is refused: it is damaged" in said
@@ -525,7 +581,7 @@ def test_resuming_what_is_finished_only_tests(runs, place, capsys):
     shutil.copytree(place / "alone", folder)
     lines = (place / "alone.jsonl").read_text().splitlines(keepends=True)
     (place / "finished.jsonl").write_text("".join(lines[:-1]))  # killed before the last
-    assert s4d.command(["train", *arguments(place, "finished"), "--resume"]) == 0
+    assert training.command([*arguments(place, "finished"), "--resume"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[1] == f"going on after step {STEPS} of {STEPS}"
     assert said[2] == runs["alone"].splitlines()[4] and len(said) == 3
@@ -539,8 +595,8 @@ def test_resuming_what_is_finished_only_tests(runs, place, capsys):
 @pytest.fixture(scope="module")
 def made(runs, place):
     """A run and its config, as the command makes them."""
-    words = ["train", *arguments(place, "made")]
-    return s4d.make_run(s4d.read_options(words))[:2]
+    words = [*arguments(place, "made")]
+    return training.make_run(training.read_options(words))[:2]
 
 
 def change(file, **changed):
@@ -576,17 +632,17 @@ def copied(place, tmp_path):
 
 @pytest.mark.parametrize("how", SPOIL)
 def test_the_last_good_checkpoint_is_used(how, made, copied):
-    last = s4d.checkpoints(copied)[0][1]
+    last = training.checkpoints(copied)[0][1]
     SPOIL[how](last)
     (copied / f".{last.name}.part").write_bytes(b"a write cut short")
     said, (run, config) = [], made
-    where = s4d.resume(copied, run, config, said.append)
+    where = training.resume(copied, run, config, said.append)
     assert where[0] == SECOND == len(run.losses) and len(run.history) == 2
-    (step, good), (first, _) = s4d.checkpoints(copied)
+    (step, good), (first, _) = training.checkpoints(copied)
     assert (step, first) == (SECOND, FIRST)
     reasons = "(it is damaged|it cannot be read|its checksum)"
     assert re.search(rf"/{last.name} is refused: {reasons}", said[0])
-    arrays, (expected, _) = s4d.state_arrays(run), s4d.load(good)
+    arrays, (expected, _) = training.state_arrays(run), training.load(good)
     assert all((arrays[k] == expected[k]).all() for k in expected if k != "losses")
     assert len(list(copied.glob(f"refused-{last.stem}-*"))) == 1
 
@@ -599,7 +655,7 @@ def test_a_checkpoint_of_another_run_is_refused(name, value, made, copied):
     """Whatever has a say in the numbers; and nothing is moved or touched."""
     said, before, (run, config) = [], contents(copied), made
     with pytest.raises(ValueError, match="can be used .*allowed: the folder and"):
-        s4d.resume(copied, run, config | {name: value}, said.append)
+        training.resume(copied, run, config | {name: value}, said.append)
     theirs = config[name]
     assert f"of another run: {name} is {theirs} there and {value} here" in said[-1]
     assert contents(copied) == before
@@ -615,7 +671,7 @@ def contents(folder):
 
 def test_nothing_of_another_is_touched(place, copied, capsys):
     """A folder of this run's that is full of strangers, older and newer than it."""
-    ours = s4d.checkpoints(copied)
+    ours = training.checkpoints(copied)
     ours[0][1].unlink()  # the last: one epoch is left to do
     theirs = {}
     for step in (3, FIRST, SECOND, STEPS, 999):
@@ -631,7 +687,7 @@ def test_nothing_of_another_is_touched(place, copied, capsys):
     words = arguments(copied.parent, copied.name, **{"data-dir": place / "images"})
     words = [word for word in words if word != str(copied.parent / "images")]
     words.remove("--data-dir")
-    assert s4d.command(["train", *words, "--resume"]) == 0
+    assert training.command([*words, "--resume"]) == 0
     after, said = contents(copied), capsys.readouterr().out
     assert {n: after[Path(n)] for n in strange} == {n: before[Path(n)] for n in strange}
     assert f"going on after step {SECOND}" in said
@@ -639,7 +695,7 @@ def test_nothing_of_another_is_touched(place, copied, capsys):
     assert f"model.npz is of another run and stays; this run's is {own}" in said
     assert own.read_bytes() == (place / "alone" / "model.npz").read_bytes()
     name = next(file.name for step, file in ours if step == STEPS)
-    ended, whole = (s4d.load(f / name) for f in (copied, place / "alone"))
+    ended, whole = (training.load(f / name) for f in (copied, place / "alone"))
     assert all(a.tobytes() == whole[0][k].tobytes() for k, a in ended[0].items())
 
 
@@ -650,7 +706,7 @@ def test_metrics_of_another_are_not_touched(content, place, tmp_path):
     (tmp_path / "mine").write_text(content)
     for folder in ("mistyped", "alone"):
         words = arguments(place, folder)[:-1] + [str(tmp_path / "mine"), "--resume"]
-        said = s4d.command(["train", *words])
+        said = training.command([*words])
         assert (
             said
             == f"--metrics {tmp_path / 'mine'} is not of this run; allowed: "
@@ -662,34 +718,34 @@ def test_metrics_of_another_are_not_touched(content, place, tmp_path):
 
 def test_config_holds_every_setting_that_has_a_say(made, place):
     _, config = made
-    settings = {flag.replace("-", "_") for flag in s4d.SETTINGS}
-    others = {"dataset", "augment", "init", "images"} | s4d.surroundings().keys()
+    settings = {flag.replace("-", "_") for flag in training.SETTINGS}
+    others = {"dataset", "augment", "init", "images"} | training.surroundings().keys()
     assert config.keys() == settings | others
     assert config["jax"] == jax.__version__ and config["devices"] == "1 of cpu"
     with jax.enable_x64(True):
-        assert s4d.surroundings()["enable_x64"] == "True"
+        assert training.surroundings()["enable_x64"] == "True"
 
 
 def test_nothing_to_go_on_with_is_a_beginning(made, tmp_path):
     said, (run, config) = [], made
-    assert s4d.resume(tmp_path / "new", run, config, said.append) is None
+    assert training.resume(tmp_path / "new", run, config, said.append) is None
     assert "starting at the beginning" in said[0]
 
 
 def test_arrays_survive_the_way_there_and_back(made):
     """Every kind of state: parameters, moments, counts, keys; nothing is left out."""
     run, _ = made
-    before = s4d.state_arrays(run)
+    before = training.state_arrays(run)
     parts = run.model, run.optimizer
     assert len(before) == len(jax.tree.leaves(nnx.state(parts)))
     kinds = "dropout.rngs.count", "dropout.rngs.key", "log_dt", ".mu.", ".nu.", "step"
     assert all(any(kind in name for name in before) for kind in kinds), before.keys()
     changed = {k: a + np.ones((), a.dtype) for k, a in before.items()}
-    s4d.put_arrays(run, changed)
-    after = s4d.state_arrays(run)
+    training.put_arrays(run, changed)
+    after = training.state_arrays(run)
     assert all((after[k] == changed[k]).all() for k in changed)
-    s4d.put_arrays(run, before)
-    forms = map(s4d.key_form, jax.tree.leaves(nnx.state(run.model)))
+    training.put_arrays(run, before)
+    forms = map(training.key_form, jax.tree.leaves(nnx.state(run.model)))
     assert {form for form in forms if form} == {"rbg"}
 
 
@@ -701,7 +757,7 @@ def pair(place, *extra, name="pair", patience=60):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    both = ["train", *arguments(place, name), f"--coordinator=127.0.0.1:{port}"]
+    both = [*arguments(place, name), f"--coordinator=127.0.0.1:{port}"]
     both += ["--num-processes=2", f"--patience={patience}"]
     return [
         start(place, [*both, f"--process-id={i}", *words])
@@ -747,31 +803,31 @@ def test_a_partner_that_dies_or_never_comes(runs, place):
 @pytest.fixture
 def two(monkeypatch):
     """This process is one of two; `two` holds what the other has, in turn."""
-    others, gather = [], s4d.multihost_utils.process_allgather
+    others, gather = [], training.multihost_utils.process_allgather
 
     def with_the_other(mine):
         return np.stack([mine, others.pop(0) if others else mine])
 
     assert gather(np.array([1])).shape == (1, 1)
-    monkeypatch.setattr(s4d.multihost_utils, "process_allgather", with_the_other)
+    monkeypatch.setattr(training.multihost_utils, "process_allgather", with_the_other)
     return others
 
 
 def test_everyone_hears_what_the_others_have(two):
     text = b'{"seed": "one"}'
     two += [np.array(len(text)), np.frombuffer(text, np.uint8)]
-    assert s4d.from_all({"a": "\u00e9"}) == [{"a": "\u00e9"}, {"seed": "one"}]
+    assert training.from_all({"a": "\u00e9"}) == [{"a": "\u00e9"}, {"seed": "one"}]
     text = b'{"seed": 17}'
     two += [np.array(len(text)), np.frombuffer(text, np.uint8)]
     with pytest.raises(ValueError, match="process 1 is of .*: seed is 17 there and 18"):
-        s4d.require_same(seed=18)
-    s4d.require_same(seed=18)
+        training.require_same(seed=18)
+    training.require_same(seed=18)
 
 
 def test_a_folder_that_not_all_see_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(s4d, "from_all", lambda mine: [mine, False])
+    monkeypatch.setattr(training, "from_all", lambda mine: [mine, False])
     with pytest.raises(ValueError, match="process 1 does not see .*new of process 0"):
-        s4d.prepare_folder(tmp_path / "new")
+        training.prepare_folder(tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
 
 
@@ -789,8 +845,8 @@ def test_addresses_where_processes_cannot_meet(capsys, no_data):
             f"localhost:{port}": f"port {port} cannot be used here (Address already",
         }.items():
             said = f"--coordinator {address}: " + said
-            assert said in refused(capsys, "train", f"--coordinator={address}", *rest)
-    assert "'0'" in refused(capsys, "train", "--patience=0")
+            assert said in refused(capsys, f"--coordinator={address}", *rest)
+    assert "'0'" in refused(capsys, "--patience=0")
 
 
 # -- what goes wrong with paths, disks and signals ------------------------------------
@@ -809,18 +865,18 @@ def test_paths_that_are_not_of_this_machine(
         "a\udcff",
         "a\nb",
     ):
-        said = refused(capsys, "train", "--dataset=mnist", f"--{flag}={path}")
+        said = refused(capsys, "--dataset=mnist", f"--{flag}={path}")
         assert f"--{flag}: {path!r}; allowed: the path of something on this" in said
-    assert "~nobody-here" in refused(capsys, "train", f"--{flag}=~nobody-here/x")
+    assert "~nobody-here" in refused(capsys, f"--{flag}=~nobody-here/x")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("HOME", str(tmp_path))
     for path, wanted in {"~/x": "x", "x": "x", "gs:x": "gs:x", "é ü": "é ü"}.items():
-        assert s4d.local_path(path) == tmp_path / wanted
+        assert training.local_path(path) == tmp_path / wanted
 
 
 @pytest.mark.parametrize("word", ["--seed=--", "--seed=\udcff"])
 def test_odd_values_are_one_sentence(word, capsys, no_data, monkeypatch):
-    assert f"argument {word.split('=')[0]}: " in refused(capsys, "train", word)
+    assert f"argument {word.split('=')[0]}: " in refused(capsys, word)
 
 
 def test_go_on_with_names_all_that_is_set(tmp_path, monkeypatch):
@@ -828,11 +884,11 @@ def test_go_on_with_names_all_that_is_set(tmp_path, monkeypatch):
     words = (
         "train --check a --lr=1e-05 --seed 7 --init inv --data-dir . --dataset mnist"
     )
-    o = s4d.read_options([*words.split(), "--metrics", "a b"])
+    o = training.read_options([*words.split(), "--metrics", "a b"])
     python, script, *rest = shlex.split(o.again)
-    assert (python, script) == (sys.executable, str(Path(s4d.__file__).absolute()))
+    assert (python, script) == (sys.executable, str(Path(training.__file__).absolute()))
     monkeypatch.chdir("/")
-    again = s4d.read_options(rest)
+    again = training.read_options(rest)
     assert again.resume and not o.resume
     assert vars(again) | {"resume": False} == vars(o)
 
@@ -841,8 +897,10 @@ def test_go_on_with_names_all_that_is_set(tmp_path, monkeypatch):
 def test_folders_that_cannot_be_are_one_sentence(folder, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(s4d, "make_run", lambda o: s4d.prepare_folder(o.checkpoint_dir))
-    said = s4d.command(["train", "--checkpoint-dir", folder])
+    monkeypatch.setattr(
+        training, "make_run", lambda o: training.prepare_folder(o.checkpoint_dir)
+    )
+    said = training.command(["--checkpoint-dir", folder])
     assert folder.rstrip("/")[:300] in said and ": " in said and "\n" not in said
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -852,7 +910,7 @@ def test_a_full_disk_is_one_sentence(runs, place, capsys):
     cut = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, cut[1]))
     try:
-        said = s4d.command(["train", *arguments(place, "full")])
+        said = training.command([*arguments(place, "full")])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, cut)
     file = rf"{place}/full/{FIRST}-\w+.npz"
@@ -863,18 +921,18 @@ def test_a_full_disk_is_one_sentence(runs, place, capsys):
 
 def test_a_second_signal_while_a_checkpoint_is_written(made, tmp_path, monkeypatch):
     run, config = made
-    s4d.save(tmp_path, run, config)
+    training.save(tmp_path, run, config)
     before = contents(tmp_path)
     monkeypatch.setattr(os, "fsync", lambda _: os.kill(os.getpid(), signal.SIGINT))
 
     def work():
-        with s4d.stop_noted():
-            s4d.save(tmp_path, run, config)
+        with training.stop_noted():
+            training.save(tmp_path, run, config)
             assert contents(tmp_path) == before  # one signal is only noted
-            s4d.save(tmp_path, run, config)
+            training.save(tmp_path, run, config)
             raise AssertionError("not reached")
 
-    assert s4d.outcome(work) == "broken off; what was saved stays"
+    assert training.outcome(work) == "broken off; what was saved stays"
     assert contents(tmp_path) == before
 
 
@@ -888,7 +946,7 @@ def test_errors_say_what_to_do():
         ValueError("one\ntwo"): "one",
         FloatingPointError("loss nan at step 3"): "loss nan at step 3: try a smaller",
     }.items():
-        assert re.match(said, s4d.explained(error))
+        assert re.match(said, training.explained(error))
 
 
 # -- pieces ---------------------------------------------------------------------------
@@ -923,7 +981,7 @@ def test_nudges_of_other_sizes():
 
 
 def smooth(images, strength, seed=0):
-    return s4d.pulled(images, np.random.default_rng(seed), strength)
+    return training.pulled(images, np.random.default_rng(seed), strength)
 
 
 def test_a_pull_is_what_the_formula_says():
@@ -963,19 +1021,19 @@ def test_pulls_are_smooth_different_and_reproducible():
 
 @pytest.mark.parametrize("dataset, augment", [("digits", "nudge"), ("mnist", "pull")])
 def test_each_dataset_has_its_augmentation(dataset, augment):
-    read = s4d.read_options(["train", "--dataset", dataset])
+    read = training.read_options(["--dataset", dataset])
     assert read.augment == augment
-    read = s4d.read_options(["train", "--dataset", dataset, "--augment", "none"])
-    assert read.augment == "none" and s4d.AUGMENTS["none"] is None
+    read = training.read_options(["--dataset", dataset, "--augment", "none"])
+    assert read.augment == "none" and training.AUGMENTS["none"] is None
 
 
 def test_augmentation_and_expand_reach_the_run(monkeypatch):
     part = np.zeros((40, 16, 1), np.float32), np.arange(40) % 10
-    monkeypatch.setattr(s4d, "load_digits", lambda: [part] * 3)
+    monkeypatch.setattr(training, "load_digits", lambda: [part] * 3)
     for augment, expand in {"none": 0, "pull": 1}.items():
-        words = f"train --augment {augment} --expand {expand} --d-model 4 --d-state 4"
-        run, config, _ = s4d.make_run(s4d.read_options(words.split()))
-        assert run.feed.keywords["augment"] is s4d.AUGMENTS[augment]
+        words = f"--augment {augment} --expand {expand} --d-model 4 --d-state 4"
+        run, config, _ = training.make_run(training.read_options(words.split()))
+        assert run.feed.keywords["augment"] is training.AUGMENTS[augment]
         assert config["augment"] == augment and config["expand"] == expand
         ffn = run.model.stack.blocks[0].ffn
         assert ffn is None if expand == 0 else ffn.up.out_features == 4
@@ -1002,10 +1060,12 @@ def test_the_first_signal_is_noted_and_the_second_acts(number):
     acted = []
     signal.signal(number, lambda *_: acted.append(number))
     try:
-        with s4d.stop_noted() as notes:
+        with training.stop_noted() as notes:
             os.kill(os.getpid(), number)
             assert (notes, acted) == ([number], [])
-            assert s4d.stop_agreed(notes, False) and not s4d.stop_agreed([], True)
+            assert training.stop_agreed(notes, False) and not training.stop_agreed(
+                [], True
+            )
             os.kill(os.getpid(), number)
             assert acted == [number]
         os.kill(os.getpid(), number)

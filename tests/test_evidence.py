@@ -508,7 +508,7 @@ def test_a_run_is_recorded():
     said = "test: loss 0.041, accuracy 98.70%\n"
     found = measure_mnist.record("--epochs 1", [8, 1, 1], json.dumps(row) + "\n", said)
     assert found["epochs"] == [row] and found["test"] == pytest.approx(0.987)
-    assert found["command"] == "python annotated_s4d.py train --epochs 1"
+    assert found["command"] == "python notebooks/training.py --epochs 1"
 
 
 def test_mnist_is_as_the_words_say():
