@@ -881,9 +881,7 @@ def test_odd_values_are_one_sentence(word, capsys, no_data, monkeypatch):
 
 def test_go_on_with_names_all_that_is_set(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = (
-        "train --check a --lr=1e-05 --seed 7 --init inv --data-dir . --dataset mnist"
-    )
+    words = "--check a --lr=1e-05 --seed 7 --init inv --data-dir . --dataset mnist"
     o = training.read_options([*words.split(), "--metrics", "a b"])
     python, script, *rest = shlex.split(o.again)
     assert (python, script) == (sys.executable, str(Path(training.__file__).absolute()))
