@@ -302,10 +302,11 @@ def require(condition, given, allowed):
 
 
 def require_count(name, value, multiple=1):
-    """Refuse a size that is not a positive multiple."""
+    """Refuse a size that is not a positive multiple; return it as an int."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     fits = whole and value > 0 and value % multiple == 0
     require(fits, f"{name} is {value!r}", f"positive multiples of {multiple}")
+    return int(value)
 
 
 def require_choice(name, value, choices):
@@ -1299,7 +1300,7 @@ def s4d_kernel(A, B, C, dt, L, method="zoh"):
     A, B, C (..., N/2) complex, dt (...), L >= 1. Raises ValueError for another L or an
     unknown method. S4D paper, section 3.2; the tables are ours.
     """
-    require_count("L", L)
+    L = require_count("L", L)
     A, B, C, dt = map(jnp.asarray, (A, B, C, dt))
     _, B_bar = s4d_discretize(A, B, dt, method)
     return mode_sum(C * B_bar, A, dt, L, method)
@@ -2102,8 +2103,8 @@ class DiagonalSSM(nnx.Module):
 
     def __init__(self, d_model, d_state=64, *, init="legs", discretization="zoh",
                  dt_min=0.001, dt_max=0.1, rngs):
-        require_count("d_model", d_model)
-        require_count("d_state", d_state, multiple=2)
+        d_model = require_count("d_model", d_model)
+        d_state = require_count("d_state", d_state, multiple=2)
         require_choice("discretization", discretization, METHODS)
         fits = 0 < dt_min <= dt_max < math.inf
         require(fits, f"dt_min is {dt_min}, dt_max {dt_max}", "0 < dt_min <= dt_max")
@@ -3500,6 +3501,12 @@ if RUN:
 # its own, and the same ones when it runs again.
 
 # %%
+def draws(model):
+    """Whether a model uses chance when it runs: has it a dropout that is on?"""
+    drops = [part for _, part in nnx.iter_modules(model) if type(part) is nnx.Dropout]
+    return any(drop.rate > 0 and not drop.deterministic for drop in drops)
+
+
 def advance_in_chunks(model, x, u, size, lengths=None):
     """Advance by chunks of `size` samples, which the gradient computes once more.
 
@@ -3523,7 +3530,8 @@ def advance_in_chunks(model, x, u, size, lengths=None):
         return (x, nnx.state(model, nnx.Not(nnx.Param))), y
 
     (x, rest), y = jax.lax.scan(chunk, (carried(x, u), rest), (u, own))
-    nnx.update(model, rest)
+    if draws(model):
+        nnx.update(model, rest)
     return x, y.swapaxes(0, 1).reshape(batch, n * size, -1)[:, :L]
 
 
@@ -4749,6 +4757,7 @@ class StoredSSM(S4D):
         n_ssm = H if n_ssm is None else n_ssm
         check_general(H, n_ssm, dt_transform, real_transform, imag_transform, is_real,
                       deterministic, init, rate, dt_tie=dt_tie)
+        d_state = require_count("d_state", d_state)
         modes = 2 * d_state if is_real else d_state
         super().__init__(n_ssm, modes, init=init, dt_min=dt_min, dt_max=dt_max,
                          final_act=None, rngs=rngs, **options)
@@ -4918,7 +4927,8 @@ class Surrounded(GeneralSSM):
     def leave(self, y, v, u, lengths):
         """Mix y (batch, channels, H / bottleneck, L), the systems' output."""
         D = precise(self.D).reshape(self.channels, -1, 1)
-        y = (y + D * v[:, None]).reshape(y.shape[0], -1, y.shape[-1])
+        y = y + D * v[:, None]
+        y = y.reshape(y.shape[0], self.D.size, y.shape[-1])
         y = masked(self.mixer(y.swapaxes(1, 2), u), lengths)
         return y.swapaxes(1, 2) if self.transposed else y
 
@@ -5149,8 +5159,8 @@ if RUN:
 # caller has. JAX can switch precision in the middle of a function, but it takes the
 # gradient later, when the switch is off again. `in_double` therefore says itself how
 # the gradient is to be computed: it is one more function that works in double
-# precision, and so has a gradient, too. (Forward derivatives, `jax.jvp`, are thereby
-# refused.)
+# precision, and so has a gradient, too. `jax.vmap`, which also takes a function apart
+# later, is told the same. (Forward derivatives, `jax.jvp`, are thereby refused.)
 
 # %%
 def in_double(f):
@@ -5159,15 +5169,22 @@ def in_double(f):
     Arguments and results have the precision of JAX; so has the gradient (reverse mode).
     """
 
-    def cast(values, real):
-        kinds = {"c": jnp.result_type(real, 1j)}
-        return jax.tree.map(lambda v: v.astype(kinds.get(v.dtype.kind, real)), values)
+    def cast(values, real, pair):
+        return jax.tree.map(
+            lambda v: jnp.asarray(v, pair if jnp.iscomplexobj(v) else real), values)
 
+    @jax.custom_batching.custom_vmap
     @broadcasting
     def inside(*args):
-        real = jnp.result_type(float)
+        single = jnp.result_type(float), jnp.result_type(complex)
         with jax.enable_x64(True):
-            return cast(f(*cast(args, jnp.float64)), real)
+            return cast(f(*cast(args, jnp.float64, jnp.complex128)), *single)
+
+    @inside.def_vmap
+    def many(_, mapped, *args):
+        axes = jax.tree.map(lambda own: 0 if own else None, tuple(mapped))
+        y = in_double(jax.vmap(f, axes))(*args)
+        return y, jax.tree.map(lambda _: True, y)
 
     def forward(*args):
         return g(*args), args
@@ -5177,7 +5194,7 @@ def in_double(f):
 
     g = jax.custom_vjp(inside)
     g.defvjp(forward, backward)
-    return lambda *args: g(*cast([*map(jnp.asarray, args)], jnp.result_type(float)))
+    return lambda *args: g(*cast(args, float, complex))
 
 
 # %% [markdown]
@@ -5219,7 +5236,7 @@ def dss_kernel(A, W, dt, L):
     A, W (..., N/2) complex, A not zero, dt (...), L >= 1. Raises ValueError for another
     L. DSS paper, proposition 1(b).
     """
-    require_count("L", L)
+    L = require_count("L", L)
     A, W, dt = map(jnp.asarray, (A, W, dt))
     grows = A.real > 0
     fading, B = jnp.where(grows, -A, A), jnp.ones_like(A)
@@ -5457,7 +5474,7 @@ def s4_kernel(A, P, B, C, dt, L):
     A (Lambda), P, B, C (..., N/2), one of each conjugate pair, dt (...), L >= 1.
     Raises ValueError for another L. S4 paper, appendix C.3.
     """
-    require_count("L", L)
+    L = require_count("L", L)
     return in_double(functools.partial(dplr_kernel, L=L))(A, P, B, C, dt)
 
 
@@ -7057,6 +7074,8 @@ class SplitS4D(S4D):
     linear = nnx.Linear
 
     def __call__(self, u, lengths=None):
+        if mesh("time").size == 1:  # nothing to divide
+            return super().__call__(u, lengths)
         u, lengths = admit(u, len(self.D), lengths)
         L = u.shape[1]
         v = jnp.pad(u.swapaxes(1, 2), ((0, 0), (0, 0), (0, -L % mesh("time").size)))
