@@ -6016,7 +6016,7 @@ def explorer_data():
 import ast
 import gc
 import html  # noqa: F811
-import importlib
+import importlib.util
 import inspect  # noqa: F811
 import json  # noqa: F811
 import math
@@ -6156,11 +6156,13 @@ class Studio:
         self.importing, self.asking = threading.Lock(), threading.Lock()
 
     def article(self):
-        """This file as a module, imported once."""
+        """This file as a module, imported once, whatever the file is called."""
         with self.importing:
             if self.module is None:
-                sys.modules.pop(self.file.stem, None)
-                self.module = importlib.import_module(self.file.stem)
+                spec = importlib.util.spec_from_file_location("article", self.file)
+                module = sys.modules["article"] = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+                self.module = module
                 sys.modules["matplotlib"].rcParams.update(self.module.LOOK)
                 # Each drawing has a thread, and glibc would give many of them an arena
                 # of memory of their own: M_ARENA_MAX is 1.
@@ -6250,7 +6252,9 @@ class Training:
 #
 # A knob is a list of choices or a range, and becomes a slider of Streamlit. Its value
 # stands in the page's address, so that a view can be sent to someone. An address that
-# asks for what no knob can give gets the default, and a notice.
+# asks for what no knob can give gets the default, and a notice. An address may come from
+# anybody. So what it asks for is shown as code, 40 characters of it, and never read as
+# Markdown, in which it could hold a picture and make the browser ask a foreign host.
 
 # %% tags=["page"]
 def knob(key, label, span, default):
@@ -6274,15 +6278,20 @@ def fits(text, span):
         return False
 
 
+def quoted(text):
+    """A text that somebody else wrote, as HTML: its beginning, as code."""
+    return f"<code>{html.escape(text[:40])}</code>" + "…" * (len(text) > 40)
+
+
 def mend_address(figures):
-    """Put defaults for what the address asks in vain. Returns a sentence for each."""
+    """Put defaults for what the address asks in vain. Returns notices as HTML."""
     notices, asked = [], st.query_params.to_dict()
     poles = asked.get("explorer.poles")
     if poles and not read_poles(poles):
         del st.query_params["explorer.poles"]
         notices.append(
-            "The address asks for poles that the explorer cannot show; allowed: up to "
-            "8 rows Re A, Im A, Re C, Im C with Re A in -4 to 0, Im A in 0 to 20."
+            f"The address asks for poles {quoted(poles)}; allowed: up to 8 rows Re A, "
+            "Im A, Re C, Im C, with Re A in -4 to 0, Im A in 0 to 20, C in -2 to 2."
         )
     for name, _, knobs, default in figures:
         for k, span in knobs.items():
@@ -6294,8 +6303,8 @@ def mend_address(figures):
                 if isinstance(span, list):
                     choices = ", ".join(map(str, span))
                 notices.append(
-                    f"The address asks for {k} = {asked[key]} in the figure {name}; "
-                    f"allowed: {choices}. It shows {default[k]}."
+                    f"The address asks for {k} = {quoted(asked[key])} in the figure "
+                    f"{name}; allowed: {choices}. It shows {default[k]}."
                 )
     return notices
 
@@ -6307,9 +6316,12 @@ def read_poles(text):
         rows = [[float(v) for v in row.split(",")] for row in text.split(";")]
     except ValueError:
         return None
-    fits = [len(r) == 4 and -4 <= r[0] <= 0 <= r[1] <= 20 for r in rows]
-    finite = all(math.isfinite(v) for row in rows for v in row)
-    return rows if all(fits) and finite and len(rows) <= 8 else None
+    limits = (-4, 0), (0, 20), (-2, 2), (-2, 2)
+    fits = [
+        len(row) == 4 and all(low <= v <= high for v, (low, high) in zip(row, limits))
+        for row in rows
+    ]
+    return rows if all(fits) and len(rows) <= 8 else None
 
 
 # %% [markdown]
@@ -6382,7 +6394,7 @@ def follow(training, watching):
         done, all_of = len(training.history), training.epochs
         right.progress(done / all_of, f"{done} of {all_of} epochs, for all to see")
     elif training.outcome:
-        right.markdown(training.outcome)
+        right.text(training.outcome)
     if training.history:
         st.html(training.curve())
 
@@ -6423,7 +6435,7 @@ def page():
         figures = [f for item in shown for f in item.get("figures", ())]
         st.session_state.notices = mend_address(figures)
     for notice in st.session_state.notices:
-        st.warning(notice)
+        st.html(f'<p class="notice" role="alert">{notice}</p>')
     places = [st.container(key=f"part-{number}") for number in range(len(parts))]
     for place, (heading, _) in zip(places, parts):
         place.markdown(heading)
@@ -6548,6 +6560,8 @@ figcaption { margin-top: 0.6rem; font-size: 0.875rem; line-height: 1.5; opacity:
 .drawing .label, .panel .x, .panel .y, .panel .ylabel {
   opacity: 0.75; text-align: center; }
 .waiting { padding: 3rem; text-align: center; opacity: 0.7; }
+.notice { border-left: 3px solid #dd6b20; padding: 0.5rem 0.8rem; margin: 0; }
+.notice code { unicode-bidi: isolate; overflow-wrap: anywhere; }
 @media (max-width: 640px) {
   .drawing .row { grid-template-columns: repeat(var(--narrow), minmax(0, 1fr)); }
   .panel .plot[style^=aspect] { width: 100%; max-width: 14rem; margin: auto; }
