@@ -23,9 +23,9 @@ def make(H=4, N=4, seed=0, **options):
 def scramble(layer, seed):
     """Move every parameter far from where it started, across zero too.
 
-    The more inputs a linear map has, the smaller its weights, as at the start. Else what
-    comes out is a large number times a sigmoid of a large number, and each rounding of
-    that number counts a hundred times.
+    The more inputs a linear map has, the smaller its weights, as at the start. Else a
+    gated output is a large number times the sigmoid of another, and the rounding of
+    that other counts a hundred times.
     """
     rng, state = np.random.default_rng(seed), nnx.state(layer, nnx.Param)
 
