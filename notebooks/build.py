@@ -26,7 +26,6 @@ sys.path.insert(0, str(ROOT))
 
 from annotated_s4d import DATA, RECORDED, edition  # noqa: E402
 
-
 # What other tools ask of a notebook's language. A kernel adds its exact version, which
 # would make two builds differ.
 LANGUAGE = {
