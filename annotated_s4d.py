@@ -267,8 +267,8 @@ def show(draw, promise=False):
 
 
 def caption(draw):
-    """The docstring of a figure, on one line."""
-    return " ".join(inspect.getdoc(draw).split())
+    """The docstring of a figure, on one line; its name where Python keeps none."""
+    return " ".join((inspect.getdoc(draw) or draw.__name__).split())
 
 
 def display(draw, promise):
