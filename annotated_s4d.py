@@ -164,9 +164,8 @@ if RUN:
 # of the largest value, and stops the page if that is too much.
 #
 # Cells that do work begin with `if RUN:`. It is true in a notebook and in a script, and
-# false when this file is imported as a library, so that an import computes nothing, and
-# when it is started with a command (Appendix D). The first code cell sets it, and shows
-# the file as a web page where that is asked for.
+# false when this file is imported as a library, so that an import computes nothing. The
+# first code cell sets it, and shows the file as a web page where that is asked for.
 
 # %%
 def agree(left, a, right, b, tolerance=1e-5):
@@ -4551,12 +4550,13 @@ def next_sample():
 #
 # So far the models were small and their trainings short, so that there could be many.
 # Once a classifier got half an hour: all 784 pixels of all images of the subset, each
-# distorted anew whenever it comes, as if printed on rubber (`notebooks/training.py`), for 27 epochs.
-# It has three blocks of 64 channels. Unlike the classifier of Part 11 it has no FFN in
-# its blocks and no dropout, and a learning rate of 0.01. So much was chosen on the
-# validation images, at half their resolution. The run is one of the command line,
-# recorded in `assets/mnist.json`; `python tests/measure_mnist.py` does the same again.
-# There is one seed. The spread printed is that of drawing so many test images.
+# distorted anew whenever it comes, as if printed on rubber (`notebooks/training.py`),
+# for 27 epochs. It has three blocks of 64 channels. Unlike the classifier of Part 11 it
+# has no FFN in its blocks and no dropout, and a learning rate of 0.01. So much was
+# chosen on the validation images, at half their resolution. The run is one of the
+# command line, recorded in `assets/mnist.json`; `python tests/measure_mnist.py` does
+# the same again. There is one seed. The spread printed is that of drawing so many test
+# images.
 
 # %%
 if RUN:
