@@ -636,7 +636,8 @@ def prepare_folder(folder):
     seen = from_all(trial.exists())
     if first:
         trial.unlink()
-    given = f"process {seen.index(min(seen))} does not see {folder} of process 0"
+    blind = seen.index(min(seen))
+    given = f"process {blind} does not see what process 0 has put into {folder}"
     require(all(seen), given, "one folder that all processes see")
 
 

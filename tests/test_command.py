@@ -826,7 +826,7 @@ def test_everyone_hears_what_the_others_have(two):
 
 def test_a_folder_that_not_all_see_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(training, "from_all", lambda mine: [mine, False])
-    with pytest.raises(ValueError, match="process 1 does not see .*new of process 0"):
+    with pytest.raises(ValueError, match="process 1 does not see what .*new; all"):
         training.prepare_folder(tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
 
