@@ -31,7 +31,7 @@ if jax.__version_info__[:2] == (0, 10):
     os.environ.setdefault("XLA_FLAGS", f"{faster} {single}")
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
 import annotated_s4d as s4d  # noqa: E402
 
