@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import jupytext
 import matplotlib
@@ -133,6 +134,47 @@ def test_captions_say_something():
 def test_a_knob_without_argument_is_refused():
     with pytest.raises(TypeError, match="are no arguments"):
         s4d.figure(size=(1, 2))(lambda width=1: None)
+
+
+# -- figures as HTML ------------------------------------------------------------------
+
+
+def test_what_is_drawn_is_written_down():
+    """Dashes, points, pale lines, names, texts; nothing is taken for HTML."""
+    fig, (left, right) = s4d.canvas(1, 2, 3.0)
+    left.plot([0, 1], [0, 1], ":", label="a < b", alpha=0.1)
+    left.plot([0, 1], [1, 0], "x", label="points")
+    left.set(title="<b>", ylabel="$K_l$", xlim=(0, 1), ylim=(0, 1))
+    left.legend()
+    left.text(0.25, 0.5, "here")
+    right.semilogy([0, 1], [2.0, 30.0])
+    right.set(ylim=(2.0, 30.0))
+    html = drawing(fig, 'it"s')
+    assert 'aria-label="it&quot;s"' in html and "a &lt; b" in html
+    assert "&lt;b&gt;" in html and "<em>K<sub>l</sub></em>" in html
+    assert "stroke-dasharray='2 3'" in unquote(html) and "dotted" in html
+    assert "opacity='0.65'" in unquote(html)  # no line is too pale to be seen
+    assert html.count('class="point"') == 2 and "left: 25.0%; bottom: 50.0%" in html
+    numbers = re.findall(r'<span style="bottom: [\d.]+%">(\d+)</span>', html)
+    assert {"5", "10", "20"} <= set(
+        numbers
+    )  # a log axis of one decade has more than one
+
+
+def test_axes_stay_and_the_default_is_a_ghost():
+    def one(size):
+        fig, ax = s4d.canvas()
+        ax.plot([0, 1], [0, size], color=s4d.BLUE)
+        return fig
+
+    small, large = one(1), one(4)
+    assert drawing(one(1), "").count("%3Cpath ") == 1
+    both = unquote(drawing(small, "", ghost=large))
+    assert both.count("<path ") == 2 and "opacity='0.25'" in both
+    assert small.axes[0].get_ylim() == large.axes[0].get_ylim()
+    grown = one(8)
+    drawing(grown, "", ghost=large)
+    assert grown.axes[0].get_ylim() == one(8).axes[0].get_ylim()
 
 
 # -- generated files ------------------------------------------------------------------

@@ -396,12 +396,29 @@ def test_contents_lead_to_their_sections(desk):
         for title in re.findall(r"^##+ (.*)", cell.source, re.M)
     ]
     assert desk.locator("nav a").all_inner_texts() == headings
-    link = desk.locator("nav a", has_text="Part 9: The block")
-    link.click()
-    heading = desk.locator("h2", has_text="Part 9: The block")
-    desk.wait_for_timeout(800)
-    assert 0 <= heading.bounding_box()["y"] < 400
-    assert "here" in link.get_attribute("class")
+    for title in ("Part 9: The block", "Part 2: Hold the input", "References"):
+        link = desk.locator("nav a", has_text=title)
+        link.click()
+        desk.wait_for_timeout(800)
+        heading = desk.locator(f"#{link.get_attribute('href')[1:]}")
+        assert 0 <= heading.bounding_box()["y"] < 150, title
+        assert "here" in link.get_attribute("class") or title == "References"
+        box = link.bounding_box()
+        assert 0 < box["y"] < 900  # the mark itself is in view
+
+
+def test_an_address_with_an_anchor_lands(browser, address):
+    """On a reload too, and where a view that was sent names a figure."""
+    size = {"width": 1280, "height": 900}
+    for query, place in (
+        ("#part-11-training", "#part-11-training"),
+        ("?kernel_and_spectrum.init=lin", "#kernel_and_spectrum"),
+    ):
+        tab = visit(browser, address, query, viewport=size)
+        tab.wait_for_timeout(1500)
+        box = tab.locator(place).bounding_box()
+        assert 0 <= box["y"] < 250, (query, box)
+        tab.context.close()
 
 
 def test_code_folds_and_copies(desk):
@@ -500,6 +517,26 @@ def test_explorer_starts_from_the_address(sent):
     sent.locator(".explorer .pole").first.wait_for()
     assert explorer(sent, "poles").tolist() == [[-2, 5, 1, 0], [-1, 9, 0.5, 0.5]]
     assert sideways(sent) == []
+
+
+def test_explorer_shows_true_values(desk):
+    """Far below a peak, too: a value inside the plot stands where it belongs."""
+    poles = [[-0.001, 10, 2, 0], [-4, 2, 0.1, 0]]
+    desk.locator(".explorer").evaluate(
+        """(e, poles) => { e.poles = poles; e.chosen = 0; e.observer.disconnect();
+           e.observer.observe(e.querySelector(".plane")); }""",
+        poles,
+    )
+    desk.wait_for_timeout(300)
+    seen = desk.locator(".explorer").evaluate("e => e.response")
+    A, C = (np.array([complex(*pole[i : i + 2]) for pole in poles]) for i in (0, 2))
+    w = 1j * np.array(seen["w"])[:, None]
+    G = np.abs((C / (w - A) + C.conj() / (w - A.conj())).sum(1))
+    height = np.array(seen["height"])
+    inside = (height >= seen["bottom"]) & (height <= seen["top"])
+    assert inside.mean() > 0.9 and not inside.all()
+    assert np.allclose(height[inside], np.log10(G[inside]), atol=1e-3)
+    assert (np.log10(G[height > seen["top"]]) > seen["top"]).all()
 
 
 # -- the checks themselves ------------------------------------------------------------

@@ -130,7 +130,7 @@ def editions(sources):
     That is the cell itself, and, over and over, every statement of the file that binds
     a name used so far. Comments do not count, nor docstrings but the cell's own. No
     definition uses a name that is bound where work is done, `if RUN:`, as there is no
-    such name when the file is imported.
+    such name when the file is imported. Of a figure, what writes it down is part.
     """
     statements, makers = [], defaultdict(list)
     for number, source in enumerate(sources):
@@ -155,8 +155,10 @@ def editions(sources):
                     found.append(j)
         return sorted(seen)
 
+    writes_down = Path(__file__).with_name("drawing.py").read_text(encoding="utf-8")
     texts = [
         [without(source, comments(source)), *(statements[i][1] for i in reached(n))]
+        + [writes_down] * bool(list(read_figures(source)))
         for n, source in enumerate(sources)
     ]
     return [hashlib.sha256("\n".join(t).encode()).hexdigest()[:16] for t in texts]

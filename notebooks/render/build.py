@@ -107,6 +107,9 @@ def save_assets(notebook):
         for figure in read_figures(cell.source)
         if "times" not in figure.options  # no product of the code alone
     }
+    for path in (ROOT / "assets").glob("*.png"):
+        if path.stem not in editions:
+            path.unlink()
     for name, output in pictures(notebook):
         if name in editions:
             marks = PngImagePlugin.PngInfo()

@@ -77,7 +77,8 @@ def panel(ax, height, pale=()):
     named = [v for v in ax.lines if ax.get_legend() and v.get_label()[0] != "_"]
     pictures = "".join(map(pixels, ax.images))
     marks = "".join(map(points, ax.lines)) + "".join(map(note, ax.texts))
-    return f"""<div class="panel">
+    kind = "panel" if free else "panel square"
+    return f"""<div class="{kind}">
         <div class="title">{tinted(ax.title, ax.get_title())}</div>
         <div class="legend">{"".join(map(swatch, named))}</div>
         <div class="ylabel"><span>{plain(ax.get_ylabel())}</span></div>

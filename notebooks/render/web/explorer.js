@@ -86,11 +86,18 @@ function drawFrequency(el) {
   const last = el.data.limits.im[1];
   // The poles' own frequencies are on the grid, lest a narrow peak be missed.
   const w = [...ticks(0, last, 200), ...el.poles.map((pole) => pole[1])];
-  const G = w.sort((a, b) => a - b).map((v) => magnitude(el.poles, v));
-  const top = Math.ceil(Math.log10(largest(G))), bottom = top - 3;
-  const height = G.map((h) => Math.max(Math.log10(h), bottom));
-  view(el, "frequency", "frequency, rad/s", ticks(0, last), ticks(bottom, top, 3),
-    [[w, height, "sum"]], (v) => label(10 ** v));
+  const G = w.sort((a, b) => a - b).map((v) => Math.log10(magnitude(el.poles, v)));
+  const order = [...G].sort((a, b) => a - b), peak = order.at(-1);
+  // Up to four decades, from below nearly all of it. What is outside leaves the plot:
+  // a narrow peak is cut and its height written down, and nothing else moves for it.
+  const bottom = Math.floor(order[Math.floor(0.05 * order.length)]);
+  const top = Math.min(Math.max(Math.ceil(peak), bottom + 1), bottom + 4);
+  const inside = (h) => Math.min(Math.max(h, bottom - 0.1), top + 0.1);
+  const cut = peak > top ? `, peak ${label(10 ** peak)}` : "";
+  el.response = { w, height: G.map(inside), bottom, top };
+  view(el, "frequency", `frequency, rad/s${cut}`, ticks(0, last),
+    ticks(bottom, top, top - bottom), [[w, el.response.height, "sum"]],
+    (v) => label(10 ** v));
 }
 
 function describe([re, im], n) {

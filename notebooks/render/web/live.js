@@ -47,6 +47,9 @@ function place() {
   return names.length ? document.getElementById(names.at(-1)) : null;
 }
 
+// A figure begins with its knobs.
+const start = (el) => el?.closest("[class*=st-key-figure-]") ?? el;
+
 // Parts above a place may still grow: stay with it until nothing moves any more, or the
 // reader does.
 let staying = 0;
@@ -56,7 +59,7 @@ function stay(find) {
   const look = () => {
     if (turn !== staying || still > 60 || --left < 0) return;
     const before = main.scrollTop;
-    find()?.scrollIntoView();
+    start(find())?.scrollIntoView();
     const complete = document.querySelector(".complete");
     still = complete && Math.abs(main.scrollTop - before) < 1 ? still + 1 : 0;
     requestAnimationFrame(look);
