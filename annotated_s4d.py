@@ -188,13 +188,11 @@ def hero():
 # %% [markdown]
 # ## Part 0: The map
 #
-# That picture is made by the two models that this page trains. S4D's ancestor S4 (Gu,
-# Goel and Ré, 2021) learned from tens of thousands of steps, by way of a long computation
-# with structured matrices. S4D showed that a diagonal matrix is enough. We follow the
-# paper [On the Parameterization and Initialization of Diagonal State Space
-# Models](https://arxiv.org/abs/2206.11893) (Gu, Gupta, Goel and Ré, 2022); the form is
-# owed to [The Annotated S4](https://srush.github.io/annotated-s4/) (Rush and Karamcheti,
-# 2022).
+# That picture is made by the two models that this page trains. Their ancestor S4 (Gu,
+# Goel and Ré, 2021) needs structured matrices; S4D makes do with a diagonal one. We
+# follow [On the Parameterization and Initialization of Diagonal State Space
+# Models](https://arxiv.org/abs/2206.11893) (Gu, Gupta, Goel and Ré, 2022), in the form of
+# [The Annotated S4](https://srush.github.io/annotated-s4/) (Rush and Karamcheti, 2022).
 #
 # | part | what you gain |
 # |:-----|:--------------|
@@ -224,12 +222,11 @@ def hero():
 # the same from the same key. Arrays never change: `a.at[i].set(v)` is a changed copy.
 # Numbers have 32 bits, unless one asks for 64.
 #
-# The first cells are folded: the imports, and a few tools. `agree` prints the largest
-# difference of two outputs as a share of the largest value, and stops the page if that
-# is too much. `require` refuses a bad argument, in a sentence that says what was given
-# and what is allowed. `@figure` marks a function that returns a figure: its docstring is
-# the caption, its arguments are knobs, which the web page makes sliders. Cells that
-# compute begin with `if RUN:`, so that an import of this file computes nothing.
+# Folded above are imports and a few tools. `agree` prints the largest difference of two
+# outputs as a share of the largest value, and stops the page if that is too much.
+# `require` refuses a bad argument. `@figure` marks a function that returns a figure:
+# its docstring is the caption, its arguments are knobs. Cells that compute begin with
+# `if RUN:`, so that an import of this file computes nothing.
 #
 # ### Symbols
 #

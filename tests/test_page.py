@@ -22,7 +22,7 @@ import jupytext
 import numpy as np
 import pytest
 from PIL import Image
-from render import live
+from render import live, static
 from render.article import Article, read_cells, read_figures
 from render.drawing import drawing
 
@@ -203,7 +203,7 @@ def images_without_text(tab):
 def sideways(tab):
     """What sticks out of the page at the right."""
     return tab.evaluate(
-        """[document.documentElement, document.querySelector(".stMain")]
+        """[document.documentElement, document.querySelector(".stMain, main")]
            .filter(e => e.scrollWidth > e.clientWidth).map(e => e.scrollWidth)"""
     )
 
@@ -469,6 +469,18 @@ def test_every_word_is_on_the_page(desk):
             assert re.sub(r"\s", "", cell.source) in squeezed, cell.source[:60]
     assert "twisted FFT = loop" in text
     assert "test accuracy" in text
+
+
+def test_result_on_the_first_screen_and_the_spring_by_the_third(browser):
+    """The page in one file, as a reader with a laptop meets it."""
+    tab = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+    tab.set_content(static.page(Article(FILE, NOTEBOOK)))
+    picture = tab.locator("#hero .drawing").bounding_box()
+    assert picture["height"] > 200 and picture["y"] + picture["height"] < 900
+    part = tab.locator("#part-1-a-continuous-system").bounding_box()
+    assert 900 < part["y"] < 2700
+    assert sideways(tab) == []
+    tab.context.close()
 
 
 # -- the explorer ---------------------------------------------------------------------

@@ -224,7 +224,8 @@ def code_html(source, folded):
     """A code cell: a title to fold it by, the code, a button to copy it."""
     names = re.findall(r"^(?:def|class) (\w+)", source, re.M)
     first = next((x for x in source.splitlines() if x.strip() and x[0] not in "@#"), "")
-    title = escape(", ".join(names) or first)
+    title = "imports" if not names and first.startswith("import ") else first
+    title = escape(", ".join(names) or title)
     state = "" if folded else " open"
     return (
         f'<details class="code"{state}><summary>{title}</summary><button title="copy '
