@@ -72,8 +72,7 @@ def arrive(browser, address):
 
 
 WATCH = """([slider, name]) => {
-  const picture = () => document.querySelector(`#${name} :not(.before) > .drawing`)
-    ?.innerHTML;
+  const picture = () => document.querySelector(`#${name} > .drawing`)?.innerHTML;
   const old = picture();
   window.took = null;
   slider.addEventListener("keydown", () => {
