@@ -247,6 +247,13 @@ def test_and_not_when_anything_else_has(old, new):
     assert changed(old, new) == set()
 
 
+def test_a_script_leaves_git_clean():
+    """Its pictures and models go where Git does not look."""
+    git = ["git", "check-ignore", "-q", str(s4d.results() / "hero.png")]
+    assert subprocess.run(git, cwd=ROOT).returncode in (0, 128)  # 128: no checkout
+    assert s4d.results().parent == ROOT / "assets"
+
+
 def test_the_table_of_accuracies_is_the_recorded_one():
     """Numbers in the prose and the README against assets/digits.json."""
     recorded = json.loads((ROOT / "assets" / "digits.json").read_text())

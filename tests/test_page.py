@@ -431,6 +431,7 @@ def test_code_folds_and_copies(desk):
     switch = desk.locator(".st-key-code label")
     switch.click()
     desk.wait_for_function("!document.querySelector('.code[open]')")
+    assert desk.locator(".code summary[tabindex]").count() == 0  # now they are seen
     assert desk.locator(".printed").count() > 20  # the numbers stay
     switch.click()
     desk.wait_for_function("document.querySelectorAll('.code[open]').length > 50")
@@ -549,6 +550,10 @@ def test_explorer_shows_true_values(desk):
     assert inside.mean() > 0.9 and not inside.all()
     assert np.allclose(height[inside], np.log10(G[inside]), atol=1e-3)
     assert (np.log10(G[height > seen["top"]]) > seen["top"]).all()
+    desk.locator(".explorer .presets button", has_text="the spring").click()
+    (pole,) = explorer(desk, "poles")  # its weight is imaginary, and not 0
+    shown = desk.locator(".explorer .value").inner_text().replace("\N{MINUS SIGN}", "-")
+    assert abs(float(shown)) == pytest.approx(np.hypot(*pole[2:]), abs=0.006) != 0
 
 
 # -- the checks themselves ------------------------------------------------------------
@@ -622,6 +627,11 @@ def test_training_is_shared_seen_and_stopped():
     studio.gate.release(2)
     thread.join(10)
     assert training.outcome == "Test accuracy 98.70%."
+    studio.work, work = (lambda watch: 1 / 0), studio.work
+    training.begin("learn", "ann")
+    training.thread.join(10)
+    assert training.outcome == "It failed: division by zero"
+    studio.work = work
     training.begin("learn", "ann")
     training.stop("ann")
     studio.gate.release()

@@ -213,6 +213,9 @@ def read_outputs(sources, path):
 
 # -- HTML -----------------------------------------------------------------------------
 
+FOLDED = '<details class="code"><summary>'
+OPEN = '<details class="code" open><summary tabindex="-1">'  # unseen, so not stopped at
+
 
 def colours(source):
     """Code as HTML, its words marked by their kinds."""
@@ -226,10 +229,10 @@ def code_html(source, folded):
     first = next((x for x in source.splitlines() if x.strip() and x[0] not in "@#"), "")
     title = "imports" if not names and first.startswith("import ") else first
     title = escape(", ".join(names) or title)
-    state = "" if folded else " open"
+    details = FOLDED if folded else OPEN
     return (
-        f'<details class="code"{state}><summary>{title}</summary><button title="copy '
-        f'this cell">copy</button><pre><code>{colours(source)}</code></pre></details>\n'
+        f'{details}{title}</summary><button title="copy this cell">copy</button>'
+        f"<pre><code>{colours(source)}</code></pre></details>\n"
     )
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import streamlit as st
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
-from render.article import Article, figure_html
+from render.article import FOLDED, OPEN, Article, figure_html
 from render.memory import set_allocator
 
 WEB = Path(__file__).with_name("web")
@@ -63,7 +63,8 @@ class Studio:
     def __init__(self, file):
         # On small matrices several threads of BLAS mostly wait for each other.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-        self.file, self.module, self.drawings = file, None, {}
+        self.file, self.module = file, None
+        self.drawings, self.ghosts = {}, {}  # figures as HTML; with default knobs
         self.importing, self.asking = threading.Lock(), threading.Lock()
 
     def article(self):
@@ -120,7 +121,9 @@ class Studio:
             drawn, ghost = draw(**values), None
             changed = {k: v for k, v in values.items() if v != figure.default[k]}
             if changed and "times" not in figure.options:
-                ghost = draw(**figure.default)
+                if figure.name not in self.ghosts:
+                    self.ghosts[figure.name] = draw(**figure.default)
+                ghost = self.ghosts[figure.name]
             knobs = ", ".join(f"{k} = {v}" for k, v in changed.items())
             words = figure.words + f" ({knobs})" * bool(knobs)
             promise.set_result(self.drawing(drawn, words, ghost))
@@ -166,6 +169,8 @@ class Training:
             self.outcome = work(self.watch)
         except InterruptedError:
             self.outcome = "Stopped."
+        except Exception as error:
+            self.outcome = f"It failed: {error}"
 
     def curve(self):
         """How the work has gone so far, as HTML."""
@@ -334,7 +339,7 @@ def follow(training, name, watching):
 def for_streamlit(block, unfolded):
     """HTML as Streamlit lets it pass: formulas, which it strips, in an attribute."""
     if not unfolded:
-        block = block.replace('<details class="code" open', '<details class="code"')
+        block = block.replace(OPEN, FOLDED)
     hidden = '<span class="math" data-math="{}"></span>'.format
     return re.sub("(?s)<math.*?</math>", lambda m: hidden(escape(m[0])), block)
 

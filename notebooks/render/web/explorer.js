@@ -100,6 +100,16 @@ function drawFrequency(el) {
     (v) => label(10 ** v));
 }
 
+// A weight is a size with the sign of its larger part; its phase stays when it changes.
+function weight([, , c, d]) {
+  const sign = Math.abs(c) >= Math.abs(d) ? Math.sign(c) : Math.sign(d);
+  return sign * Math.hypot(c, d);
+}
+function weigh([re, im, ...C], value) {
+  const old = weight([re, im, ...C]);
+  return [re, im, ...(old ? C.map((v) => (v * value) / old) : [value, 0])];
+}
+
 function describe([re, im], n) {
   const fades = re < 0 ? `fades to 1/e in ${label(-1 / re)} s` : "never fades";
   const turns = im > 0 ? `turns ${im.toFixed(1)} rad/s` : "does not turn";
@@ -107,7 +117,7 @@ function describe([re, im], n) {
 }
 
 function drawPoles(el) {
-  const { poles, chosen, data: { limits } } = el, C = poles[chosen][2];
+  const { poles, chosen, data: { limits } } = el, C = weight(poles[chosen]);
   const name = "Re A: fades faster ←, Im A: turns faster ↑", top = limits.im[1];
   el.plane = view(el, "plane", name, ticks(...limits.re), ticks(-top, top));
   const { X, Y } = el.plane;
@@ -173,7 +183,7 @@ function listen(el) {
        <circle class="dot" r="9"/><text y="4">${n + 1}</text></g>`).join("");
   el.querySelectorAll(".pole").forEach((handle, n) => listenToPole(el, handle, n));
   part(el, "weight").oninput = ({ target }) =>
-    replace(el, el.chosen, el.poles[el.chosen].with(2, target.value));
+    replace(el, el.chosen, weigh(el.poles[el.chosen], Number(target.value)));
   part(el, "weight").onchange = () => finish(el);
   part(el, "add").onclick = () =>
     set([...el.poles, [-1, 2.5 * el.poles.length, 1, 0]], el.poles.length);
