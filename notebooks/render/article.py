@@ -237,10 +237,14 @@ def code_html(source, folded):
 
 
 def printed_html(text):
-    """What a cell printed. Words and one number a line can be wrapped on a phone."""
-    table = re.search(r"\S {2,}\S+ {2,}\S", text)
-    kind = "printed table" if table else "printed"
-    return f'<pre class="{kind}" tabindex="-1">{escape(text)}</pre>\n' if text else ""
+    """What a cell printed. A table knows how wide it is, other lines can be wrapped."""
+    if not text:
+        return ""
+    kind = ' class="printed"'
+    if re.search(r"\S {2,}\S+ {2,}\S", text):
+        wide = max(map(len, text.splitlines()))
+        kind = f' class="printed table" style="--wide: {wide}"'
+    return f'<pre{kind} tabindex="-1">{escape(text)}</pre>\n'
 
 
 def figure_html(figure, drawn):
