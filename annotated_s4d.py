@@ -109,7 +109,7 @@ def show(draw, promise=False):
         return
     from IPython.display import Image, Markdown, display
 
-    caption = " ".join(inspect.getdoc(draw).split())
+    caption = " ".join((inspect.getdoc(draw) or draw.__name__).split())
     if promise:
         wait = Markdown("(drawn below, when the models have trained)")
         draw.place = display(wait, display_id=draw.__name__)
@@ -146,10 +146,11 @@ def require(condition, given, allowed):
 
 
 def require_count(name, value, multiple=1):
-    """Refuse a size that is not a positive multiple."""
+    """Refuse a size that is not a positive multiple; return it as an int."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     fits = whole and value > 0 and value % multiple == 0
     require(fits, f"{name} is {value!r}", f"positive multiples of {multiple}")
+    return int(value)
 
 
 def require_choice(name, value, choices):
@@ -1202,7 +1203,7 @@ def s4d_kernel(A, B, C, dt, L, method="zoh"):
     A, B, C (..., N/2) complex, dt (...), L >= 1. Raises ValueError for another L or an
     unknown method. S4D paper, section 3.2; the tables are ours.
     """
-    require_count("L", L)
+    L = require_count("L", L)
     A, B, C, dt = map(jnp.asarray, (A, B, C, dt))
     _, B_bar = s4d_discretize(A, B, dt, method)
     return mode_sum(C * B_bar, A, dt, L, method)
@@ -2008,8 +2009,8 @@ class DiagonalSSM(nnx.Module):
 
     def __init__(self, d_model, d_state=64, *, init="legs", discretization="zoh",
                  dt_min=0.001, dt_max=0.1, rngs):
-        require_count("d_model", d_model)
-        require_count("d_state", d_state, multiple=2)
+        d_model = require_count("d_model", d_model)
+        d_state = require_count("d_state", d_state, multiple=2)
         require_choice("discretization", discretization, METHODS)
         fits = 0 < dt_min <= dt_max < math.inf
         require(fits, f"dt_min is {dt_min}, dt_max {dt_max}", "0 < dt_min <= dt_max")
@@ -2933,7 +2934,12 @@ import optax
 
 
 def make_optimizer(model, steps, lr=4e-3, ssm_lr=1e-3, weight_decay=0.05):
-    """Return Adam with a rate for each label, and weight decay for "rest" alone."""
+    """Return Adam with a rate for each label, and weight decay for "rest" alone.
+
+    Raises ValueError for rates that are negative or not finite.
+    """
+    for name, rate in dict(lr=lr, ssm_lr=ssm_lr, weight_decay=weight_decay).items():
+        require(0 <= rate < math.inf, f"{name} is {rate}", f"0 <= {name} < inf")
 
     def schedule(peak):
         return optax.warmup_cosine_decay_schedule(0.0, peak, max(1, steps // 10), steps)
@@ -2972,6 +2978,26 @@ def train_step(model, optimizer, u, labels, weights=None):
 
 
 # %% [markdown]
+# A label that is no class would be read as another, or as none: the loss would be a
+# number all the same. So labels are compared with the scores.
+
+# %%
+def require_labels(name, data, scores):
+    """Refuse (inputs, labels) unless each answer has a label, an integer below V.
+
+    scores is the shape of the answer to one input, (V,) or (L, V).
+    """
+    n, labels, (*places, V) = len(data[0]), np.asarray(data[1]), scores
+    given = f"{name}: labels of shape {labels.shape} for {n:,} inputs"
+    require(labels.shape == (n, *places), given, f"labels of shape {(n, *places)}")
+    whole = labels.dtype.kind in "iu"
+    require(whole, f"{name}: labels are {labels.dtype}", f"integers from 0 to {V - 1}")
+    odd = labels[(labels < 0) | (labels >= V)]
+    given = f"{name}: {odd.size:,} of {labels.size:,} labels are no class: {odd[:3]}"
+    require(odd.size == 0, given, f"0 to {V - 1}, the classes of the model")
+
+
+# %% [markdown]
 # To evaluate, look at the model in another mode, with dropout off. `nnx.view` gives
 # such a view and leaves the model itself in training. A large set is looked at in
 # portions, so that it need not fit into memory at once.
@@ -2980,12 +3006,17 @@ def train_step(model, optimizer, u, labels, weights=None):
 def evaluate(model, data, ask=call, portion=500):
     """Return the mean loss and the accuracy on (inputs, labels), without dropout.
 
-    ask(model, inputs) returns the scores of a portion.
+    ask(model, inputs) returns the scores of a portion. Raises ValueError for an empty
+    set, and for labels that are too many, too few, or no classes.
     """
+    n, count = map(len, data)
+    given = f"{n:,} inputs and {count:,} labels to evaluate"
+    require(n == count > 0, given, "as many labels as inputs, one or more")
     view, means, sizes = nnx.view(model, deterministic=True), [], []
-    for i in range(0, len(data[0]), portion):
+    for i in range(0, n, portion):
         u, labels = (part[i : i + portion] for part in data)
         scores = ask(view, u)
+        require_labels("data", (u, labels), scores.shape[1:])
         losses = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
         means.append((losses.mean(), (scores.argmax(-1) == labels).mean()))
         sizes.append(len(u))
@@ -2994,13 +3025,35 @@ def evaluate(model, data, ask=call, portion=500):
 
 # %% [markdown]
 # An *epoch* is a pass through all images. They come in a new order every time, and what
-# does not fill a batch at the end of one epoch begins the first batch of the next. The
-# images are few, and a model of this size could learn them by heart. So every image is
-# nudged half of the time: moved by up to one pixel, anew each time it comes. Whoever
-# wants to break off and go on later gives a NumPy generator in place of the seed, and
-# notes its state.
+# does not fill a batch at the end of one epoch begins the first batch of the next. Of
+# the orders no more than one is in memory.
 
 # %%
+def drawn_rows(n, epochs, batch_size, rng, whole=True):
+    """Yield the rows of each batch, of n rows in a new order for each epoch."""
+    rows = np.empty(0, int)
+    for _ in range(epochs):
+        rows = np.append(rows, rng.permutation(n))
+        while len(rows) >= batch_size:
+            yield rows[:batch_size]
+            rows = rows[batch_size:]
+    if len(rows) and not whole:
+        yield rows
+
+
+# %% [markdown]
+# The images are few, and a model of this size could learn them by heart. So every image
+# is nudged half of the time: moved by up to one pixel, anew each time it comes. Whoever
+# wants to break off and go on later gives a NumPy generator in place of the seed, and
+# notes its state. The orders are drawn first, all of them, and what is drawn for the
+# nudges comes after. So a copy of the generator makes the orders when they are needed,
+# while the generator itself has gone past them.
+
+# %%
+import copy
+import itertools
+
+
 def batches(data, epochs, batch_size, seed, augment=None, place=None, whole=True):
     """Yield batches of (inputs, labels) for so many epochs, reshuffled each time.
 
@@ -3009,11 +3062,11 @@ def batches(data, epochs, batch_size, seed, augment=None, place=None, whole=True
     may be smaller, else such a rest is left out.
     """
     rng, (u, labels) = np.random.default_rng(seed), data
-    order = np.concatenate([rng.permutation(len(u)) for _ in range(epochs)])
+    orders = drawn_rows(len(u), epochs, batch_size, copy.deepcopy(rng), whole)
+    for _ in range(0 if place else epochs):
+        rng.permutation(len(u))
     done, rng.bit_generator.state = place or (0, rng.bit_generator.state)
-    end = len(order) - batch_size + 1 if whole else len(order)
-    for i in range(done * batch_size, end, batch_size):
-        rows = order[i : i + batch_size]
+    for rows in itertools.islice(orders, done, None):
         yield augment(u[rows], rng) if augment else u[rows], labels[rows]
 
 
@@ -3070,8 +3123,14 @@ class TrainingRun:
                  augment=None, whole=True, **rates):
         for name, n in dict(epochs=epochs, batch_size=batch_size).items():
             require_count(name, n)
-        finite = np.isfinite(data[0]).all()
-        require(finite, "inputs hold NaN or infinity", "finite numbers")
+        sets = {"training set": data, "validation set": validation}
+        for name, (inputs, _) in sets.items():
+            require(len(inputs) > 0, f"{name}: no inputs", "one input or more")
+            finite = np.isfinite(inputs).all()
+            require(finite, f"{name}: inputs hold NaN or infinity", "finite numbers")
+        view, one = nnx.view(model, deterministic=True), validation[0][:1]
+        for name, part in sets.items():
+            require_labels(name, part, nnx.eval_shape(call, view, one).shape[1:])
         rows = epochs * len(data[0])
         self.steps = rows // batch_size if whole else -(-rows // batch_size)
         enough = "10 or more: add epochs, or cut the batches"
@@ -3079,8 +3138,8 @@ class TrainingRun:
         self.model, self.validation, self.epochs = model, validation, epochs
         self.optimizer = make_optimizer(model, self.steps, **rates)
         self.rng, self.losses, self.history = np.random.default_rng(seed), [], []
-        shuffled = functools.partial(batches, data, epochs, batch_size, whole=whole)
-        self.feed = functools.partial(shuffled, seed=self.rng, augment=augment)
+        options = dict(seed=self.rng, augment=augment, whole=whole)
+        self.feed = functools.partial(batches, data, epochs, batch_size, **options)
 
 
 # %% [markdown]
@@ -3122,7 +3181,8 @@ def train(model, data, validation, *, epochs=40, watch=None, **options):
     batch at the end, else the last batch is smaller) and the rates of make_optimizer.
     Returns a history with a row for each epoch: step, training loss, validation loss
     and accuracy. watch(history) is called after each row; what it raises ends it all.
-    Raises ValueError for data that is not finite, FloatingPointError for such a loss.
+    Raises ValueError for an empty set, inputs that are not finite, labels that are no
+    classes, and rates below zero; FloatingPointError for a loss that is not finite.
     """
     run = TrainingRun(model, data, validation, epochs=epochs, **options)
     for ended in run_training(run):
@@ -3157,31 +3217,110 @@ def train_digits(seed=0, watch=None):
 
 # %% [markdown]
 # A trained model is worth keeping: its parameters go into a file, each array under its
-# path in the model, with the history beside them.
+# path in the model, with the history beside them. The machine may stop while a file is
+# written. So the bytes go into a file with another name, which takes the place of the
+# right one when all are in it. That is *atomic*: it has happened or it has not, and
+# nobody ever sees a half.
 
 # %%
+import contextlib
+import os
+import uuid
+
+
+def write_whole(file, data):
+    """Write bytes to a file, all or nothing. Raises OSError, which names the file."""
+    file = Path(file)
+    part = file.with_name(f".{uuid.uuid4().hex}.part")  # a name that nobody has taken
+    try:
+        with open(part, "xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def packed(write, **arrays):
+    """The bytes of the .npz file that NumPy's savez or savez_compressed writes."""
+    stream = io.BytesIO()
+    write(stream, **arrays)
+    return stream.getvalue()
+
+
+# %% [markdown]
+# A name without `.npz` gets it, as with NumPy; who reads may say either.
+
+# %%
+def npz(file):
+    """The path of a file whose name ends in .npz, added where it is missing."""
+    return Path(file if str(file).endswith(".npz") else f"{file}.npz")
+
+
 def save_parameters(file, model, history):
-    """Write the parameters of a model and the history of its training (rows, 4)."""
+    """Write the parameters of a model and the history of its training (rows, 4).
+
+    The file is written all or nothing. Raises OSError, which names it, if it cannot be.
+    """
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     arrays = {"/".join(map(str, path)): p[...] for path, p in flat}
-    np.savez_compressed(file, history=history, **arrays)
+    arrays["history"] = np.asarray(history)
+    write_whole(npz(file), packed(np.savez_compressed, **arrays))
 
 
+# %% [markdown]
+# Whoever reads a file makes sure of it first, that it is whole,
+
+# %%
+FITTING = "give a file that save_parameters wrote for a model of these sizes"
+
+
+def read_arrays(file):
+    """All arrays of a .npz file by name. Raises ValueError or OSError with the cure."""
+    try:
+        with np.load(file, allow_pickle=False) as saved:
+            return dict(saved)
+    except OSError as error:
+        reason = f"{file} cannot be read ({error.strerror})"
+        raise type(error)(f"{reason}: {FITTING}") from None
+    except Exception as error:  # whatever a damaged file makes a reader say
+        reason = f"{file} is damaged, or no .npz file ({type(error).__name__})"
+        raise ValueError(f"{reason}: {FITTING}") from None
+
+
+# %% [markdown]
+# that its arrays are those of the model, and that they hold numbers such as a training
+# leaves.
+
+# %%
 def load_parameters(file, model):
     """Read them into a model of the same shapes. Returns the history.
 
-    Raises ValueError, and changes nothing, if the arrays are not those of the model.
+    Raises ValueError, and changes nothing, if the arrays are not those of the model or
+    hold other than finite real numbers; OSError if the file cannot be read.
     """
+    file = npz(file) if npz(file).exists() else Path(file)
+    saved = read_arrays(file)
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    with np.load(file) as saved:
-        ours = {"/".join(map(str, path)): p.shape for path, p in flat}
-        theirs = {key: saved[key].shape for key in saved if key != "history"}
-        odd = dict(sorted(ours.items() ^ theirs.items()))
-        fits = not odd and "history" in saved
-        require(fits, f"{file} differs in {odd}", "the arrays of the model, a history")
-        history = saved["history"]
-        for path, p in flat:
-            p.set_value(jnp.asarray(saved["/".join(map(str, path))]))
+    params = {"/".join(map(str, path)): p for path, p in flat}
+    history = saved.pop("history", np.array("none"))
+    numbers = history.dtype.kind in "fiu"
+    require(numbers, f"{file}: history is {history.dtype}", f"a history; {FITTING}")
+    ours = {name: p.shape for name, p in params.items()}
+    theirs = {name: array.shape for name, array in saved.items()}
+    odd = dict(sorted(ours.items() ^ theirs.items()))
+    require(not odd, f"{file} differs in {odd}", f"the arrays of the model; {FITTING}")
+    for name, array in saved.items():
+        given, real = f"{file}: {name} is {array.dtype}", array.dtype.kind == "f"
+        require(real, given, f"floating-point numbers; {FITTING}")
+        finite = (np.abs(array) <= jnp.finfo(params[name].dtype).max).all()
+        require(finite, f"{file}: {name} is not finite", f"finite numbers; {FITTING}")
+    for name, p in params.items():
+        p.set_value(jnp.asarray(saved[name]))
     nnx.update(model, nnx.from_flat_state(flat))
     return history
 
@@ -3832,7 +3971,7 @@ def tempered(scores, temperature, top_p):
     order = jnp.argsort(-scores, -1)  # (..., V)
     p = jnp.take_along_axis(jax.nn.softmax(scores), order, -1)
     before = jnp.cumsum(p, -1) - p  # the sum of all that are more likely
-    keep = (before < top_p) | (top_p >= 1)  # rounding must not cut at 1
+    keep = (before < top_p) | (before == 0) | (top_p >= 1)  # whatever rounding does
     keep = jnp.take_along_axis(keep, jnp.argsort(order, -1), -1)
     return jax.nn.log_softmax(jnp.where(keep, scores, -jnp.inf))
 
@@ -4692,6 +4831,7 @@ class StoredSSM(S4D):
         n_ssm = H if n_ssm is None else n_ssm
         check_general(H, n_ssm, dt_transform, real_transform, imag_transform, is_real,
                       deterministic, init, rate, dt_tie=dt_tie)
+        d_state = require_count("d_state", d_state)
         modes = 2 * d_state if is_real else d_state
         super().__init__(n_ssm, modes, init=init, dt_min=dt_min, dt_max=dt_max,
                          final_act=None, rngs=rngs, **options)
@@ -4861,7 +5001,8 @@ class Surrounded(GeneralSSM):
     def leave(self, y, v, u, lengths):
         """Mix y (batch, channels, H / bottleneck, L), the systems' output."""
         D = precise(self.D).reshape(self.channels, -1, 1)
-        y = (y + D * v[:, None]).reshape(y.shape[0], -1, y.shape[-1])
+        y = y + D * v[:, None]
+        y = y.reshape(y.shape[0], self.D.size, y.shape[-1])
         y = masked(self.mixer(y.swapaxes(1, 2), u), lengths)
         return y.swapaxes(1, 2) if self.transposed else y
 
@@ -5092,8 +5233,8 @@ if RUN:
 # caller has. JAX can switch precision in the middle of a function, but it takes the
 # gradient later, when the switch is off again. `in_double` therefore says itself how
 # the gradient is to be computed: it is one more function that works in double
-# precision, and so has a gradient, too. (Forward derivatives, `jax.jvp`, are thereby
-# refused.)
+# precision, and so has a gradient, too. `jax.vmap`, which also takes a function apart
+# later, is told the same. (Forward derivatives, `jax.jvp`, are thereby refused.)
 
 # %%
 def in_double(f):
@@ -5102,15 +5243,22 @@ def in_double(f):
     Arguments and results have the precision of JAX; so has the gradient (reverse mode).
     """
 
-    def cast(values, real):
-        kinds = {"c": jnp.result_type(real, 1j)}
-        return jax.tree.map(lambda v: v.astype(kinds.get(v.dtype.kind, real)), values)
+    def cast(values, real, pair):
+        return jax.tree.map(
+            lambda v: jnp.asarray(v, pair if jnp.iscomplexobj(v) else real), values)
 
+    @jax.custom_batching.custom_vmap
     @broadcasting
     def inside(*args):
-        real = jnp.result_type(float)
+        single = jnp.result_type(float), jnp.result_type(complex)
         with jax.enable_x64(True):
-            return cast(f(*cast(args, jnp.float64)), real)
+            return cast(f(*cast(args, jnp.float64, jnp.complex128)), *single)
+
+    @inside.def_vmap
+    def many(_, mapped, *args):
+        axes = jax.tree.map(lambda own: 0 if own else None, tuple(mapped))
+        y = in_double(jax.vmap(f, axes))(*args)
+        return y, jax.tree.map(lambda _: True, y)
 
     def forward(*args):
         return g(*args), args
@@ -5120,7 +5268,7 @@ def in_double(f):
 
     g = jax.custom_vjp(inside)
     g.defvjp(forward, backward)
-    return lambda *args: g(*cast([*map(jnp.asarray, args)], jnp.result_type(float)))
+    return lambda *args: g(*cast(args, float, complex))
 
 
 # %% [markdown]
@@ -5162,7 +5310,7 @@ def dss_kernel(A, W, dt, L):
     A, W (..., N/2) complex, A not zero, dt (...), L >= 1. Raises ValueError for another
     L. DSS paper, proposition 1(b).
     """
-    require_count("L", L)
+    L = require_count("L", L)
     A, W, dt = map(jnp.asarray, (A, W, dt))
     grows = A.real > 0
     fading, B = jnp.where(grows, -A, A), jnp.ones_like(A)
@@ -5400,7 +5548,7 @@ def s4_kernel(A, P, B, C, dt, L):
     A (Lambda), P, B, C (..., N/2), one of each conjugate pair, dt (...), L >= 1.
     Raises ValueError for another L. S4 paper, appendix C.3.
     """
-    require_count("L", L)
+    L = require_count("L", L)
     return in_double(functools.partial(dplr_kernel, L=L))(A, P, B, C, dt)
 
 
@@ -5625,18 +5773,8 @@ if RUN:
 # which options of S4D does it then belong?*
 
 # %% tags=["hide"] jupyter={"source_hidden": true}
-import argparse
-import contextlib
 import ctypes
-import gzip
 import hashlib
-import logging
-import os
-import shlex
-import signal
-import zlib
-
-from jax.experimental import multihost_utils
 
 
 def keep_memory():
@@ -5657,7 +5795,23 @@ def keep_memory():
 # `python annotated_s4d.py train --help` lists what can be set. This appendix explains
 # what stands behind it, in the order in which a run meets it: data, devices,
 # checkpoints, command. The loop is that of Part 11.
-#
+
+# %%
+import argparse
+import errno
+import filecmp
+import gzip
+import importlib.metadata
+import platform
+import shlex
+import signal
+import socket
+import subprocess
+import zlib
+
+from jax.experimental import multihost_utils
+
+# %% [markdown]
 # ### Larger digits
 #
 # Beside the digits of Part 11 the command knows MNIST: 70,000 digits of 28 by 28
@@ -5736,10 +5890,12 @@ def load_mnist(folder=None):
     for name in ("train", "t10k"):
         images = read_idx(folder, f"{name}-images-idx3", 3)
         labels = read_idx(folder, f"{name}-labels-idx1", 1)
-        given = f"{folder}/{name}-*: images {images.shape}, labels {labels.shape}"
-        fits = len(images) == len(labels) > 9 and labels.max() < 10
+        most = labels.max(initial=0)
+        given = f"images of shape {images.shape}, {len(labels)} labels up to {most}"
+        fits = len(images) == len(labels) > 9 and most < 10
         fits = fits and images.shape[1] == images.shape[2] > 1
-        require(fits, given, "10 or more square images, each with a label from 0 to 9")
+        allowed = "10 or more square images, each with a label from 0 to 9"
+        require(fits, f"{folder}/{name}-*: {given}", allowed)
         u = images.reshape(len(images), -1, 1) / np.float32(127.5) - 1
         sets.append((u, labels.astype(np.int32)))
     (u, labels), test = sets
@@ -6035,44 +6191,108 @@ def go_on(run, arrays, place):
 
 
 # %% [markdown]
-# ### Writing and reading it
+# ### Whose it is
 #
-# The machine may stop while a checkpoint is being written.
-# [Orbax](https://orbax.readthedocs.io) therefore writes into a folder with another
-# name, and renames it when everything is in it. To rename is *atomic*: it has happened
-# or it has not, and nobody ever sees a half. The last three checkpoints are kept.
+# The same bits come only from the same settings and images, and also from the same
+# versions of the libraries, precision, devices, and even cores, for a sum that is
+# divided in another way is rounded in another way. All of it stands in the checkpoint.
+# First what the settings do not say:
 
 # %%
-def checkpoints(folder):
-    """Open a folder of checkpoints, with Orbax."""
-    import orbax.checkpoint
+LIBRARIES = "jax jaxlib flax optax numpy scipy".split()
+MODES = """enable_x64 default_matmul_precision disable_most_optimizations
+    default_prng_impl threefry_partitionable""".split()  # of JAX
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # what is wrong we say ourselves
-    options = orbax.checkpoint.CheckpointManagerOptions(
-        max_to_keep=3, enable_async_checkpointing=False)
-    return orbax.checkpoint.CheckpointManager(Path(folder).absolute(), options=options)
+
+def machine():
+    """The processor of this process, its make and its cores."""
+    about = Path("/proc/cpuinfo")
+    text = about.read_text() if about.exists() else ""
+    make = re.search(r"model name\s*: (.*)", text)
+    cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
+    return f"{len(cores)} cores of {make[1] if make else platform.processor()}"
+
+
+def surroundings():
+    """What has a say in the last digits beside settings and data, as plain values."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    modes = {name: str(jax.config.values[f"jax_{name}"]) for name in MODES}
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    devices = f"{jax.device_count()} of {jax.devices()[0].device_kind}"
+    return versions | modes | {
+        "devices": devices, "machines": from_all(machine()),
+        "XLA_FLAGS": " ".join(flag for flag in flags if "device_count" not in flag)}
 
 
 # %% [markdown]
-# A checkpoint has two items, arrays and place, and bears the number of the step.
+# Several processes are one run, so what each of them has been told must be the same.
+# They tell each other, in texts of JSON, which travel as arrays of one length.
 
 # %%
-def save(manager, run, config):
-    """Write a checkpoint of a run."""
-    from orbax.checkpoint import args
+def from_all(value):
+    """The plain value that each process has, in a list, in every process."""
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    longest = int(multihost_utils.process_allgather(np.array(len(text))).max())
+    padded = np.pad(text, (0, longest - len(text)), constant_values=ord(" "))
+    texts = multihost_utils.process_allgather(padded).reshape(-1, longest)
+    return [json.loads(bytes(text)) for text in texts]
 
+
+def differences(theirs, ours):
+    """Say in which named values two differ; "" if in none."""
+    return "; ".join(
+        f"{name} is {theirs.get(name)} there and {ours.get(name)} here"
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name))
+
+
+def require_same(**ours):
+    """Refuse named values that another process has otherwise."""
+    for i, theirs in enumerate(from_all(ours)):
+        odd = f"process {i} is of another run: {differences(theirs, ours)}"
+        require(theirs == ours, odd, "the same settings, data and folder for all")
+
+
+# %% [markdown]
+# ### Writing and reading it
+#
+# A checkpoint is one file, written all or nothing as in Part 11. Its name is the step
+# and a sign of the run, eight digits that all these settings give. So runs in one
+# folder cannot touch each other's: what bears another sign, or no such name at all, is
+# somebody else's, and it is neither written over nor deleted. Of its own the run keeps
+# the last three.
+
+# %%
+def sign(config):
+    """Eight digits that stand for a run."""
+    return checksum({}, config)[:8]
+
+
+def checkpoints(folder):
+    """All checkpoints in a folder, of whatever run: (step, file), last steps first."""
+    files = Path(folder).glob("*-*.npz") if Path(folder).is_dir() else ()
+    ours = [file for file in files if re.fullmatch(r"\d+-[0-9a-f]{8}", file.stem)]
+    return sorted(((int(file.stem[:-9]), file) for file in ours), reverse=True)
+
+
+def save(folder, run, config):
+    """Write a checkpoint of a run, from the first process, and keep the last three."""
+    if jax.process_index() > 0:
+        return
     arrays, place = snapshot(run, config)
-    items = dict(arrays=args.StandardSave(arrays), place=args.JsonSave(place))
-    manager.save(len(run.losses), args=args.Composite(**items))
+    arrays["place"] = np.frombuffer(json.dumps(place).encode(), np.uint8)
+    step, ours = len(run.losses), f"-{sign(config)}.npz"
+    write_whole(Path(folder) / f"{step}{ours}", packed(np.savez, **arrays))
+    past = [file for at, file in checkpoints(folder) if at <= step]
+    for file in [file for file in past if file.name.endswith(ours)][3:]:
+        file.unlink()
 
 
-def load(manager, step):
+def load(file):
     """Read a checkpoint: arrays by name, and the place."""
-    from orbax.checkpoint import args
-
-    items = dict(arrays=args.StandardRestore(), place=args.JsonRestore())
-    saved = manager.restore(step, args=args.Composite(**items))
-    return {k: np.asarray(v) for k, v in saved.arrays.items()}, saved.place
+    with np.load(file) as saved:
+        arrays = dict(saved)
+    return arrays, json.loads(bytes(arrays.pop("place")))
 
 
 # %% [markdown]
@@ -6085,57 +6305,77 @@ def refusal(arrays, place, run, config):
     rest = {name: value for name, value in place.items() if name != "checksum"}
     if checksum(arrays, rest) != place.get("checksum"):
         return "its checksum is wrong"
-    theirs = place["config"]
-    odd = [f"{name} is {theirs.get(name)} there and {config.get(name)} here"
-           for name in sorted(theirs.keys() | config.keys())
-           if theirs.get(name) != config.get(name)]
+    odd = differences(place["config"], config)
     if not odd and arrays.keys() - {"losses"} != state_arrays(run).keys():
-        odd = ["its arrays are those of another model"]
-    return "it is of another run: " + "; ".join(odd) if odd else ""
+        odd = "its arrays are those of another model"
+    return odd and f"it is of another run: {odd}"
 
 
 # %% [markdown]
 # Then the one before it is looked at.
 
 # %%
-def last_good(manager, run, config):
+def last_good(folder, run, config):
     """Return the last checkpoint that can be used, or None; why not, for later ones."""
     refused = {}
-    for step in sorted(manager.all_steps(), reverse=True):
+    for _, file in checkpoints(folder):
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # Orbax's own complaints
-                saved = load(manager, step)
+            saved = load(file)
             reason = refusal(*saved, run, config)
+        except OSError as error:
+            reason = f"it cannot be read ({error.strerror})"
         except Exception as error:  # whatever a damaged file makes a reader say
             reason = f"it is damaged ({type(error).__name__})"
         if not reason:
             return saved, refused
-        refused[step] = reason
+        refused[file] = reason
     return None, refused
 
 
 # %% [markdown]
-# What was refused is moved out of the way when a good one is found, and not deleted: it
-# may be somebody's. Of several processes the first does it, when all have read.
+# What was refused and bears the sign of this run would be written over when the run
+# comes by again. It is given another name when a good one is found, and not deleted:
+# who knows what it is. Of several processes the first does it, when all have read.
 
 # %%
-def resume(manager, run, config, say):
+def resume(folder, run, config, say):
     """Go on from the last good checkpoint. Returns the place in the data, or None."""
-    (saved, refused), folder = last_good(manager, run, config), manager.directory
-    for step, reason in refused.items():
-        say(f"checkpoint {folder}/{step} is refused: {reason}")
+    (saved, refused), folder = last_good(folder, run, config), Path(folder)
+    for file, reason in refused.items():
+        say(f"checkpoint {file} is refused: {reason}")
+    require_same(step=len(saved[0]["losses"]) if saved else "none to go on from")
+    why = "".join(f" ({file.name}: {why})" for file, why in list(refused.items())[:1])
     cure = "the folder and the settings of one run, or a new folder"
-    require(saved or not refused, f"no checkpoint in {folder} can be used", cure)
+    require(saved or not refused, f"no checkpoint in {folder} can be used{why}", cure)
     if not saved:
         return say(f"no checkpoint in {folder} yet: starting at the beginning")
-    multihost_utils.sync_global_devices("all have read")
-    for step in refused if jax.process_index() == 0 else ():
-        (folder / str(step)).rename(folder / f"refused-{step}-{time.time_ns()}")
-    multihost_utils.sync_global_devices("all is moved")
-    manager.reload()
+    for file in refused if jax.process_index() == 0 else ():
+        if file.stem.endswith(sign(config)):
+            file.rename(folder / f"refused-{file.stem}-{time.time_ns()}.npz")
     place = go_on(run, *saved)
     say(f"going on after step {len(run.losses):,} of {run.steps:,}")
     return place
+
+
+# %% [markdown]
+# A folder that nobody can write to, or that one of the processes does not see, should
+# be noticed before the first step and not after the first epoch. The first process puts
+# a file there, whose name is the time, and all look for it.
+
+# %%
+def prepare_folder(folder):
+    """Make a folder; raise unless it can be written to and all processes see it."""
+    now = from_all(time.time_ns())[0]
+    trial, first = folder / f".{now}.part", jax.process_index() == 0
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(trial, b"")
+    from_all("it is written")
+    seen = from_all(trial.exists())
+    if first:
+        trial.unlink()
+    given = f"process {seen.index(min(seen))} does not see {folder} of process 0"
+    require(all(seen), given, "one folder that all processes see")
 
 
 # %% [markdown]
@@ -6218,6 +6458,23 @@ def within(kind, low, high, step=1):
 
 
 # %% [markdown]
+# And the paths through this. A shell does not expand the `~` of `--metrics=~/a`, and an
+# address such as `gs://bucket/run` would become a folder here.
+
+# %%
+def local_path(text):
+    """Read a path for argparse: that of something on this machine, absolute."""
+    allowed = "the path of something on this machine, in UTF-8"
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text)
+    if not text or scheme or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: {allowed}")
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+# %% [markdown]
 # Several processes have to know where they meet, how many they are, and which of them
 # each one is. That may also stand in the environment, which is handy for starting many.
 
@@ -6231,6 +6488,8 @@ def add_process_flags(add):
         default=env("JAX_NUM_PROCESSES"), help="how many they are (JAX_NUM_PROCESSES)")
     add("--process-id", metavar="N", type=whole(0, 10**5),
         default=env("JAX_PROCESS_ID"), help="which one this is (JAX_PROCESS_ID)")
+    add("--patience", metavar="SECONDS", type=whole(1, 10**5), default=300,
+        help="how long they wait for each other at the start (300)")
 
 
 # %% [markdown]
@@ -6246,16 +6505,18 @@ def make_parser():
     train = commands.add_parser("train", usage="%(prog)s [--help] [settings]")
     add = train.add_argument
     add("--dataset", choices=("digits", "mnist"), default="digits", help="(digits)")
-    add("--data-dir", metavar="FOLDER", help="MNIST's four files, else fetched")
+    path = dict(type=local_path, metavar="FOLDER")
+    add("--data-dir", **path, help="MNIST's four files, else fetched")
     for flag, (kind, default, *ends, what) in SETTINGS.items():
         read = within(kind, *ends, step=2 if flag == "d-state" else 1)
         value = "" if default is None else f" ({default})"
         add(f"--{flag}", type=read, default=default, metavar="N", help=what + value)
     add("--augment", choices=AUGMENTS, help="change of images (nudge; mnist: pull)")
     add("--init", choices=INITS, default="legs", help="start of A, see Part 7 (legs)")
-    add("--checkpoint-dir", metavar="FOLDER", help="for checkpoints, one each epoch")
+    add("--checkpoint-dir", **path, help="for checkpoints, one each epoch")
     add("--resume", action="store_true", help="go on from the last good checkpoint")
-    add("--metrics", metavar="FILE", help="file for a line of JSON for each epoch")
+    path["metavar"] = "FILE"
+    add("--metrics", **path, help="file for a line of JSON for each epoch")
     add_process_flags(add)
     return parser, train
 
@@ -6267,44 +6528,80 @@ def make_parser():
 # %%
 def complaints(o):
     """Yield a sentence for whatever is wrong with options, and whether it is."""
-    data, saved, metrics = (
-        Path(name or "") for name in (o.data_dir, o.checkpoint_dir, o.metrics))
-    yield "--data-dir is for --dataset mnist", o.data_dir and o.dataset != "mnist"
-    yield f"--data-dir {data} is no folder", not data.is_dir()
-    yield "--resume needs --checkpoint-dir", o.resume and not o.checkpoint_dir
-    yield f"--checkpoint-dir {saved} is a file", saved.is_file()
-    full = o.checkpoint_dir and saved.is_dir() and any(saved.iterdir())
+    data, saved, metrics = o.data_dir, o.checkpoint_dir, o.metrics
+    yield "--data-dir is for --dataset mnist", data and o.dataset != "mnist"
+    yield f"--data-dir {data} is no folder", data and not data.is_dir()
+    yield "--resume needs --checkpoint-dir", o.resume and not saved
+    yield f"--checkpoint-dir {saved} is a file", saved and saved.is_file()
+    full = saved and saved.is_dir() and any(saved.iterdir())
     yield (f"--checkpoint-dir {saved} is not empty; allowed: a new folder, or --resume "
            "to go on with the run in this one"), full and not o.resume
-    yield f"--metrics {metrics}: there is no such folder", not metrics.parent.is_dir()
-    taken = o.metrics and metrics.exists() and not (o.resume and metrics.is_file())
+    there = metrics and metrics.parent.is_dir()
+    yield f"--metrics {metrics}: there is no such folder", metrics and not there
+    taken = metrics and metrics.exists() and not (o.resume and metrics.is_file())
     yield f"--metrics {metrics} exists; allowed: a new file, or --resume", taken
-    flags, meeting = "coordinator num_processes process_id".split(), vars(o)
-    missing = [meeting[flag] for flag in flags].count(None)
-    yield "--coordinator, --num-processes and --process-id belong together", missing % 3
+    missing = [o.coordinator, o.num_processes, o.process_id].count(None)
+    apart = 0 < missing < 3
+    yield "--coordinator, --num-processes and --process-id belong together", apart
     last = (o.num_processes or 1) - 1
     over = (o.process_id or 0) > last
     yield f"--process-id is {o.process_id}; allowed: 0 to {last}", over
+    reason = o.coordinator and unfit(o.coordinator, o.process_id == 0)
+    yield f"--coordinator {o.coordinator}: {reason}", reason
 
+
+# %% [markdown]
+# Where processes meet, the first of them listens. So its port must be free.
+
+# %%
+def unfit(address, listen):
+    """Say why processes cannot meet at HOST:PORT, or why this one cannot listen; ""."""
+    host, colon, port = address.rpartition(":")
+    if not (host and port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+        return "allowed: HOST:PORT, with a port from 1 to 65535"
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))
+        if listen:
+            both = socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if both else socket.AF_INET
+            socket.create_server(
+                ("", int(port)), family=family, dualstack_ipv6=both).close()
+    except socket.gaierror as error:
+        return f"this host is not known ({error.strerror})"
+    except OSError as error:
+        return f"port {port} cannot be used here ({os.strerror(error.errno)})"
+    return ""
+
+
+# %% [markdown]
+# The command to go on with must work from any folder, so it names all that is set, in
+# full.
 
 # %%
 def read_options(arguments):
     """Read a command line, or leave with a sentence about what is wrong with it."""
     parser, train = make_parser()
     o = parser.parse_args(arguments)
+    for name, value in vars(o).items():
+        if value == []:  # what older versions of argparse make of --seed=--
+            train.error(f"argument --{name.replace('_', '-')}: expected one argument")
     for sentence, wrong in complaints(o):
         if wrong:
             train.error(sentence)
+    given = {name: value for name, value in vars(o).items()
+             if value != train.get_default(name) and name not in ("command", "resume")}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    script = str(Path(__file__).absolute())
+    o.again = shlex.join([sys.executable, script, "train", *words, "--resume"])
     epochs, augment = {"digits": (40, "nudge"), "mnist": (10, "pull")}[o.dataset]
     o.epochs, o.augment = o.epochs or epochs, o.augment or augment
-    words = ["python", "annotated_s4d.py", *arguments, *["--resume"] * (not o.resume)]
-    o.again = shlex.join(words)
     return o
 
 
 # %% [markdown]
-# A command line becomes a run. All settings that have a say in the result, and a
-# checksum of the images, stand in `config`, by which a checkpoint is recognized.
+# A command line becomes a run. All settings that have a say in the result, a checksum
+# of the images, and the surroundings stand in `config`, by which a checkpoint is
+# recognized.
 
 # %%
 def make_run(o):
@@ -6316,6 +6613,8 @@ def make_run(o):
     names = [flag.replace("-", "_") for flag in flags]
     config = {name: getattr(o, name) for name in names}
     config["images"] = checksum({f"{i}": part for i, part in enumerate(sum(sets, ()))})
+    config |= surroundings()
+    require_same(**config, checkpoints=bool(o.checkpoint_dir), resume=o.resume)
     sizes = o.d_model, o.d_state, o.n_layers
     options = dict(dropout=o.dropout, init=o.init, expand=o.expand)
     model = digit_model(o.seed, *sizes, **options)
@@ -6340,22 +6639,39 @@ def report(run, say):
 
 
 # %% [markdown]
-# The metrics are written as a whole, the epochs before a break included, into a second
-# file that then takes the place of the first. So they are always complete, and without
-# repetition.
+# The metrics are written as a whole, the epochs before a break included, all or
+# nothing. So they are always complete, and without repetition. A file that is there
+# already must be of this run: it begins with lines that we would write, too.
 
 # %%
 METRICS = "epoch step loss validation_loss validation_accuracy seconds".split()
 
 
+def metric_lines(run):
+    """A line of JSON for each epoch."""
+    epochs = enumerate(zip(run.history, run.seconds), 1)
+    rows = [(i, *row, seconds) for i, (row, seconds) in epochs]
+    return [json.dumps(dict(zip(METRICS, row))) for row in rows]
+
+
 def write_metrics(run, file):
-    """Write a line of JSON for each epoch to a file, if there is one."""
-    if file and jax.process_index() == 0:
-        rows = zip(range(1, len(run.history) + 1), run.history, run.seconds)
-        lines = (dict(zip(METRICS, (i, *row, seconds))) for i, row, seconds in rows)
-        part = Path(f"{file}.part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        part.replace(file)
+    """Write the lines to a file, if there is one, and any line to write."""
+    lines = "".join(f"{line}\n" for line in metric_lines(run))
+    if file and lines and jax.process_index() == 0:
+        write_whole(file, lines.encode())
+
+
+def require_own_metrics(run, file):
+    """Refuse a file of metrics that this run has not written, or cannot write."""
+    trial = file.with_name(f".{time.time_ns()}.part")
+    write_whole(trial, b"")
+    trial.unlink()
+    ours = metric_lines(run)
+    theirs = file.read_text(errors="replace").splitlines() if file.exists() else ours
+    more = [f'{{"epoch": {i}, ' for i in range(len(ours) + 1, len(theirs) + 1)]
+    own = all(line.startswith(start) for line, start in zip(theirs, ours + more))
+    fits = not file.exists() or (own and ours and theirs)
+    require(fits, f"--metrics {file} is not of this run", "a new file, or its own")
 
 
 # %% [markdown]
@@ -6363,7 +6679,7 @@ def write_metrics(run, file):
 # The checkpoint is first, so that the metrics never know more than it.
 
 # %%
-def take_steps(run, config, manager, place, o, say):
+def take_steps(run, config, place, o, say):
     """Take the steps that are left, but stop at a signal. Returns whether it came."""
     start = time.time() - (run.seconds[-1] if run.seconds else 0)
     with stop_noted() as notes:
@@ -6371,8 +6687,8 @@ def take_steps(run, config, manager, place, o, say):
             stop = stop_agreed(notes, ended)
             if ended:
                 run.seconds.append(time.time() - start)
-            if manager and (ended or stop):
-                save(manager, run, config)
+            if o.checkpoint_dir and (ended or stop):
+                save(o.checkpoint_dir, run, config)
             if ended:
                 report(run, say)
                 write_metrics(run, o.metrics)
@@ -6382,52 +6698,184 @@ def take_steps(run, config, manager, place, o, say):
 
 
 # %% [markdown]
-# And the command itself: meet the other processes, prepare, go on if there is something
-# to go on with, take the steps, test.
+# At the end the parameters go into `model.npz`, beside the checkpoints. If there is one
+# of somebody else, they keep the name that only this run gives.
+
+# %%
+def leave_model(folder, run, config, say):
+    """Write model.npz into the folder, or a file with the sign of the run."""
+    own, usual = folder / f"model-{sign(config)}.npz", folder / "model.npz"
+    save_parameters(own, run.model, run.history)
+    if usual.exists() and not filecmp.cmp(own, usual, shallow=False):
+        return say(f"{usual} is of another run and stays; this run's is {own}")
+    own.replace(usual)
+
+
+# %% [markdown]
+# And the command itself: prepare, go on if there is something to go on with, take the
+# steps, test.
 
 # %%
 def train_command(o):
     """Train as the options say. Returns an exit status."""
-    if o.coordinator:
-        jax.distributed.initialize(o.coordinator, o.num_processes, o.process_id)
     first, count = jax.process_index() == 0, jax.process_count()
     say = functools.partial(print, flush=True) if first else lambda *_: None
     run, config, test = make_run(o)
     say(f"{run.steps:,} steps on {mesh().size} devices in {count} processes")
-    manager = checkpoints(o.checkpoint_dir) if o.checkpoint_dir else None
-    place = resume(manager, run, config, say) if o.resume else None
+    if o.checkpoint_dir:
+        prepare_folder(o.checkpoint_dir)
+    place = resume(o.checkpoint_dir, run, config, say) if o.resume else None
+    if o.metrics and first:
+        require_own_metrics(run, o.metrics)
     write_metrics(run, o.metrics)  # those of a run that had no time to
-    if take_steps(run, config, manager, place, o, say):
-        after = f"go on with: {o.again}" if manager else "nothing is saved"
+    if take_steps(run, config, place, o, say):
+        after = f"go on with: {o.again}" if o.checkpoint_dir else "nothing is saved"
         say(f"stopped after step {len(run.losses):,}; {after}")
         return 130
     loss, accuracy = evaluate(run.model, test, run.ask)
     say(f"test: loss {loss:.3f}, accuracy {accuracy:.2%}")
-    if manager and first:
-        file = Path(o.checkpoint_dir) / "model.npz"
-        save_parameters(file, run.model, run.history)
+    if o.checkpoint_dir and first:
+        leave_model(o.checkpoint_dir, run, config, say)
     return 0
 
 
 # %% [markdown]
 # What goes wrong on the way, a missing file, a full disk, a rate so large that the loss
-# is lost, ends the command with one sentence. The last cell of this file calls it.
+# is lost, ends the command with one sentence that says what to do.
 
 # %%
+CURES = {
+    "make room there, then go on with --resume": "ENOSPC EDQUOT EFBIG",
+    "choose a place where you may read and write": "EACCES EPERM EROFS ENOENT",
+    "choose a shorter name": "ENAMETOOLONG",
+}
+BROKEN_OFF = "broken off; what was saved stays"
+LEFT = "what was saved stays; start all of them again, with --resume to go on"
+
+
+def explained(error):
+    """One sentence about what went wrong, and what to do."""
+    said = f"{error}".strip().partition("\n")[0] or type(error).__name__
+    if isinstance(error, FloatingPointError):
+        return f"{said}: try a smaller --lr"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in said:
+        return "there is not enough memory: try a smaller --batch-size, or model"
+    if jax.process_count() > 1 and re.match("[A-Z_]+: ", said):  # so speaks the library
+        return f"another process has gone: {LEFT}"
+    if isinstance(error, OSError) and error.errno:
+        place = error.filename or "the terminal"
+        cures = [cure for cure, names in CURES.items()
+                 if errno.errorcode.get(error.errno) in names.split()]
+        return ": ".join([f"{place}", error.strerror, *cures])
+    return said
+
+
+def outcome(work):
+    """What work() returns, or a sentence about what went wrong on the way."""
+    try:
+        return work()
+    except (ArithmeticError, MemoryError, OSError, ValueError) as error:
+        return explained(error)
+    except jax.errors.JaxRuntimeError as error:
+        return explained(error)
+    except KeyboardInterrupt:
+        return BROKEN_OFF
+
+
+# %% [markdown]
+# ### One of several
+#
+# When one of several processes dies, the others cannot go on, and JAX ends them where
+# they stand, with a page of addresses. So a process that has partners does its work in
+# a second one and only waits for it. If that one ends without having said how, a
+# partner has gone. The second process in turn ends with the first, from which it reads
+# and which never writes.
+
+# %%
+def work_as_partner(o, pipe):
+    """Meet the other processes and train. Tells the pipe that they have met, then the
+    exit status, or a sentence about what is wrong."""
+
+    def tell(value):
+        print(json.dumps(value), file=pipe, flush=True)
+
+    def leave_alone():
+        os.read(0, 1)  # returns when the process that waits has ended
+        os._exit(1)
+
+    threading.Thread(target=leave_alone, daemon=True).start()
+    for name in ("stdout", "stderr"):  # what the libraries say goes nowhere
+        number = getattr(sys, name).fileno()
+        setattr(sys, name, open(os.dup(number), "w", errors="backslashreplace"))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    jax.distributed.initialize(
+        o.coordinator, o.num_processes, o.process_id, heartbeat_timeout_seconds=20,
+        initialization_timeout=o.patience, shutdown_timeout_seconds=10)
+    tell("met")
+    result = outcome(lambda: train_command(o))
+    sys.stdout.flush()
+    tell(result)
+    if result != BROKEN_OFF:
+        with contextlib.suppress(Exception):  # of a partner that has gone
+            jax.distributed.shutdown()  # waits until the others have said theirs, too
+    os._exit(0)
+
+
+# %% [markdown]
+# The first process passes signals on. The second signal ends the work at once.
+
+# %%
+def wait_for_partner(o, arguments):
+    """Let another process work. Returns its exit status, or a sentence."""
+    here, there = os.pipe()
+    words = [sys.executable, str(Path(__file__).absolute()), *arguments]
+    work = subprocess.Popen(
+        words, env=os.environ | {PARTNER: str(there)}, pass_fds=[there],
+        stdin=subprocess.PIPE, process_group=0)
+    os.close(there)
+    told, signals = [], []
+
+    def pass_on(number, _):
+        signals.append(number)
+        work.send_signal(number if told and len(signals) == 1 else signal.SIGKILL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    with open(here) as pipe:
+        for line in pipe:
+            told.append(json.loads(line))
+    work.wait()
+    if len(told) > 1:
+        return told[1]
+    if signals:
+        return BROKEN_OFF
+    if told:
+        return f"another process has gone, or this one has failed: {LEFT}"
+    return (f"{o.num_processes} processes did not meet at {o.coordinator} in "
+            f"{o.patience} seconds; allowed: one for each --process-id, all with the "
+            "same settings, or more --patience")
+
+
+# %% [markdown]
+# The last cell of this file calls the command.
+
+# %%
+PARTNER = "ANNOTATED_S4D_PARTNER"  # in the environment: where to tell how it goes
+
+
 def command(arguments):
     """Run a command line. Returns an exit status, or a sentence about what is wrong."""
-    options = read_options(arguments)
-    keep_memory()
-    try:
+
+    def work():
+        options, pipe = read_options(arguments), os.environ.pop(PARTNER, None)
+        keep_memory()
+        if options.coordinator and not pipe:
+            return wait_for_partner(options, arguments)
+        if pipe:
+            return work_as_partner(options, open(int(pipe), "w"))
         return train_command(options)
-    except FloatingPointError as error:
-        return f"{error}: try a smaller --lr"
-    except jax.errors.JaxRuntimeError as error:  # another process has gone, say
-        return str(error).splitlines()[0]
-    except (OSError, ValueError) as error:
-        return str(error)
-    except KeyboardInterrupt:
-        return "broken off; what was saved stays"
+
+    return outcome(work)
 
 
 if COMMAND:

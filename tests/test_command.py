@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -127,11 +128,8 @@ def test_processes_from_the_environment(capsys, no_data, monkeypatch):
     monkeypatch.setenv("JAX_PROCESS_ID", "two")
     assert "--process-id: 'two'; allowed" in refused(capsys, "train")
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
-    met = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *where: met.append(where))
-    with pytest.raises(AssertionError, match="data is touched"):
-        s4d.command(["train"])
-    assert met == [("localhost:1", 2, 1)]
+    o = s4d.read_options(["train"])
+    assert (o.coordinator, o.num_processes, o.process_id) == ("localhost:1", 2, 1)
 
 
 def test_what_goes_wrong_on_the_way_is_one_sentence(monkeypatch, capsys):
@@ -344,7 +342,7 @@ def arguments(place, name, **changed):
     return [*data, *sizes, *saved, "--metrics", str(place / f"{name}.jsonl")]
 
 
-def start(place, words, devices=1):
+def start(place, words, devices=1, folder=None):
     """Start the command. What it has compiled is kept for the next one."""
     flags = os.environ.get("XLA_FLAGS", "")
     env = os.environ | {
@@ -356,7 +354,7 @@ def start(place, words, devices=1):
     }
     return subprocess.Popen(
         [sys.executable, s4d.__file__, *words],
-        cwd=place,
+        cwd=folder or place,
         env=env,
         text=True,
         stdout=subprocess.PIPE,
@@ -388,9 +386,9 @@ def runs(place):
 
 def saved(folder):
     """The last checkpoint of a run: all arrays, the place in the data."""
-    with s4d.checkpoints(folder) as manager:
-        assert manager.latest_step() == STEPS
-        arrays, place = s4d.load(manager, STEPS)
+    step, file = s4d.checkpoints(folder)[0]
+    assert step == STEPS
+    arrays, place = s4d.load(file)
     return arrays, {k: v for k, v in place.items() if k not in ("seconds", "checksum")}
 
 
@@ -420,12 +418,9 @@ def test_the_command_trains_and_does_nothing_else(runs, place):
     )
     assert re.search(r"\d steps/s   [\d,]+ s left$", said[1])
     assert said[4].startswith("test: loss ") and len(said) == 5
-    assert sorted(p.name for p in (place / "alone").iterdir()) == [
-        f"{FIRST}",
-        f"{SECOND}",
-        f"{STEPS}",
-        "model.npz",
-    ]
+    steps, files = zip(*s4d.checkpoints(place / "alone"))
+    assert steps == (STEPS, SECOND, FIRST)
+    assert {*(place / "alone").iterdir()} == {*files, place / "alone" / "model.npz"}
     assert not (place / "assets").exists()
 
 
@@ -456,7 +451,7 @@ def test_eight_devices_give_the_curve_of_one(runs, place):
     assert "on 8 devices in 1 processes" in runs["eight"]
     assert np.abs(curve(place, "eight") - curve(place, "alone")).max() < 1e-5
     ours, theirs = (saved(place / name)[0]["losses"] for name in ("eight", "alone"))
-    assert len(ours) == STEPS and np.abs(ours - theirs).max() < 1e-5
+    assert len(ours) == STEPS and np.abs(ours / theirs - 1).max() < 1e-5
 
 
 def test_two_processes_train_together(runs, place):
@@ -488,17 +483,19 @@ def test_rows_without_weight_change_nothing():
 
 
 def test_killed_and_resumed_it_ends_with_the_same_bits(runs, place):
-    """SIGKILL while a checkpoint is being written, after one has been."""
+    """SIGKILL while a checkpoint is being written, or soon after, when one has been."""
     words = ["train", *arguments(place, "killed")]
     run, folder = start(place, words), place / "killed"
     deadline = time.monotonic() + 200
-    while not ((folder / f"{FIRST}").exists() and any(folder.glob(f"{SECOND}*"))):
+    while not (any(folder.glob(f"{FIRST}-*")) and any(folder.glob(".*.part"))):
+        if any(folder.glob(f"{SECOND}-*")):
+            break
         assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.0005)
     run.kill()
     assert run.wait() == -signal.SIGKILL
     run.communicate()
-    assert not (folder / f"{STEPS}").exists()
+    assert not any(folder.glob(f"{STEPS}-*"))
     said = finish(start(place, [*words, "--resume"]))
     assert re.search(f"going on after step ({FIRST}|{SECOND}) of {STEPS}", said)
     same(folder, place / "alone")
@@ -519,21 +516,21 @@ def test_interrupted_and_spoilt_it_ends_with_the_same_bits(runs, place):
     step, again = re.search(
         r"stopped after step (\d+); go on with: (.*)", said
     ).groups()
-    assert FIRST <= int(step) < STEPS and (folder / step).is_dir()
-    spoil = folder / step
-    if int(step) == FIRST:  # Ctrl-C was quick
-        shutil.copytree(spoil, spoil := folder / f"{SECOND}")
-    for path in (spoil / "arrays").rglob("d/*"):
-        flip(path)
-    good = max(int(p.name) for p in folder.glob("[0-9]*") if p != spoil)
+    at, spoil = s4d.checkpoints(folder)[0]
+    assert FIRST <= int(step) == at < STEPS
+    if at == FIRST:  # Ctrl-C was quick
+        later = folder / spoil.name.replace(f"{FIRST}-", f"{SECOND}-")
+        spoil = Path(shutil.copy(spoil, later))
+    flip(spoil)
+    good = s4d.checkpoints(folder)[1][0]
     words = shlex.split(again)
-    assert words[:3] == ["python", "annotated_s4d.py", "train"]
+    assert words[:3] == [sys.executable, s4d.__file__, "train"]
     assert words[-1] == "--resume"
-    said = finish(start(place, words[2:]))
+    said = finish(start(place, words[2:], folder="/"))  # it works from any folder
     assert f"{spoil} is refused: it is damaged" in said
     assert f"going on after step {good} of {STEPS}" in said
     assert "Traceback" not in said
-    assert [p.name.split("-")[1] for p in folder.glob("refused-*")] == [spoil.name]
+    assert [p.name.split("-")[1] for p in folder.glob("refused-*")] == [f"{at}"]
     same(folder, place / "alone")
 
 
@@ -560,76 +557,136 @@ def made(runs, place):
     return s4d.make_run(s4d.read_options(words))[:2]
 
 
-def edit_place(folder, change):
-    """Change the place of a checkpoint, as valid JSON."""
-    path = folder / "place" / "metadata"
-    where = json.loads(path.read_text())
-    change(where)
-    path.write_text(json.dumps(where))
+def change(file, **changed):
+    """Change arrays of a checkpoint, which stays a file that NumPy reads."""
+    arrays = dict(np.load(file)) | changed
+    np.savez(file, **{name: a for name, a in arrays.items() if a is not None})
 
 
-def all_data(spoil):
-    return lambda f: [spoil(path) for path in (f / "arrays").rglob("d/*")]
-
-
-def add_one(where):
-    where["rng"]["state"]["state"] += 1
+def change_place(file, **changed):
+    place = json.loads(bytes(np.load(file)["place"])) | changed
+    place = {name: value for name, value in place.items() if value is not None}
+    change(file, place=np.frombuffer(json.dumps(place).encode(), np.uint8))
 
 
 SPOIL = {
-    "flipped": all_data(flip),
-    "cut": all_data(lambda path: path.write_bytes(path.read_bytes()[:9])),
-    "no arrays": lambda f: shutil.rmtree(f / "arrays"),
-    "no place": lambda f: shutil.rmtree(f / "place"),
-    "empty": lambda f: [shutil.rmtree(f), f.mkdir()],
-    "no json": lambda f: (f / "place" / "metadata").write_text("{"),
-    "another place": lambda f: edit_place(f, add_one),
-    "no checksum": lambda f: edit_place(f, lambda where: where.pop("checksum")),
+    "flipped": flip,
+    "cut": cut,
+    "empty": lambda f: f.write_bytes(b""),
+    "a folder": lambda f: [f.unlink(), f.mkdir()],
+    "no place": lambda f: change(f, place=None),
+    "no json": lambda f: change(f, place=np.zeros(9, np.uint8)),
+    "other losses": lambda f: change(f, losses=np.zeros(STEPS)),
+    "another place": lambda f: change_place(f, seconds=[1, 2, 3]),
+    "no checksum": lambda f: change_place(f, checksum=None),
 }
 
 
+@pytest.fixture
+def copied(place, tmp_path):
+    """A copy of the folder of the run that was left alone."""
+    return Path(shutil.copytree(place / "alone", tmp_path / "run"))
+
+
 @pytest.mark.parametrize("how", SPOIL)
-def test_the_last_good_checkpoint_is_used(how, made, place, tmp_path):
-    shutil.copytree(place / "alone", tmp_path / "run")
-    SPOIL[how](tmp_path / "run" / str(STEPS))
-    (tmp_path / "run" / "50.orbax-checkpoint-tmp-1").mkdir()  # a write cut short
+def test_the_last_good_checkpoint_is_used(how, made, copied):
+    last = s4d.checkpoints(copied)[0][1]
+    SPOIL[how](last)
+    (copied / f".{last.name}.part").write_bytes(b"a write cut short")
     said, (run, config) = [], made
-    with s4d.checkpoints(tmp_path / "run") as manager:
-        where = s4d.resume(manager, run, config, said.append)
-        assert where[0] == SECOND == len(run.losses) and len(run.history) == 2
-        assert sorted(manager.all_steps()) == [FIRST, SECOND]
-        expected, _ = s4d.load(manager, SECOND)
-    assert re.search(rf"/{STEPS} is refused: (it is damaged|its checksum)", said[0])
-    arrays = s4d.state_arrays(run)
+    where = s4d.resume(copied, run, config, said.append)
+    assert where[0] == SECOND == len(run.losses) and len(run.history) == 2
+    (step, good), (first, _) = s4d.checkpoints(copied)
+    assert (step, first) == (SECOND, FIRST)
+    reasons = "(it is damaged|it cannot be read|its checksum)"
+    assert re.search(rf"/{last.name} is refused: {reasons}", said[0])
+    arrays, (expected, _) = s4d.state_arrays(run), s4d.load(good)
     assert all((arrays[k] == expected[k]).all() for k in expected if k != "losses")
-    assert len(list((tmp_path / "run").glob(f"refused-{STEPS}-*"))) == 1
+    assert len(list(copied.glob(f"refused-{last.stem}-*"))) == 1
 
 
-def test_a_checkpoint_of_another_run_is_refused(made, place, tmp_path):
-    shutil.copytree(place / "alone", tmp_path / "run")
-    said, (run, config) = [], made
-    for name, value in dict(lr=0.5, images="others", d_model=8).items():
-        with s4d.checkpoints(tmp_path / "run") as manager:
-            with pytest.raises(
-                ValueError, match="can be used; allowed: the folder and"
-            ):
-                s4d.resume(manager, run, config | {name: value}, said.append)
-        theirs = config[name]
-        assert f"of another run: {name} is {theirs} there and {value} here" in said[-1]
-    steps = {f"{FIRST}", f"{SECOND}", f"{STEPS}", "model.npz"}
-    assert {p.name for p in (tmp_path / "run").iterdir()} == steps  # nothing is moved
+@pytest.mark.parametrize(
+    "name, value",
+    dict(lr=0.5, images="others", jax="0.0", enable_x64="True", devices="8").items(),
+)
+def test_a_checkpoint_of_another_run_is_refused(name, value, made, copied):
+    """Whatever has a say in the numbers; and nothing is moved or touched."""
+    said, before, (run, config) = [], contents(copied), made
+    with pytest.raises(ValueError, match="can be used .*allowed: the folder and"):
+        s4d.resume(copied, run, config | {name: value}, said.append)
+    theirs = config[name]
+    assert f"of another run: {name} is {theirs} there and {value} here" in said[-1]
+    assert contents(copied) == before
+
+
+def contents(folder):
+    """All that is in a folder, byte for byte."""
+    return {
+        path.relative_to(folder): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def test_nothing_of_another_is_touched(place, copied, capsys):
+    """A folder of this run's that is full of strangers, older and newer than it."""
+    ours = s4d.checkpoints(copied)
+    ours[0][1].unlink()  # the last: one epoch is left to do
+    theirs = {}
+    for step in (3, FIRST, SECOND, STEPS, 999):
+        theirs[f"{step}-0123abcd.npz"] = ours[1][1]
+        (copied / f"{step}").mkdir()
+        theirs[f"{step}/array"] = ours[2][1]
+        theirs[f"{step}.npz"] = theirs[f".{step}.part"] = ours[1][1]
+    theirs |= {"model.npz": ours[2][1], "notes": ours[1][1], "50.part": ours[2][1]}
+    for name, source in theirs.items():
+        shutil.copy(source, copied / name)
+    change_place(copied / "999-0123abcd.npz", config={"seed": 1})  # of another seed
+    strange, before = set(theirs), contents(copied)
+    words = arguments(copied.parent, copied.name, **{"data-dir": place / "images"})
+    words = [word for word in words if word != str(copied.parent / "images")]
+    words.remove("--data-dir")
+    assert s4d.command(["train", *words, "--resume"]) == 0
+    after, said = contents(copied), capsys.readouterr().out
+    assert {n: after[Path(n)] for n in strange} == {n: before[Path(n)] for n in strange}
+    assert f"going on after step {SECOND}" in said
+    (own,) = copied.glob("model-*.npz")
+    assert f"model.npz is of another run and stays; this run's is {own}" in said
+    assert own.read_bytes() == (place / "alone" / "model.npz").read_bytes()
+    name = next(file.name for step, file in ours if step == STEPS)
+    ended, whole = (s4d.load(f / name) for f in (copied, place / "alone"))
+    assert all(a.tobytes() == whole[0][k].tobytes() for k, a in ended[0].items())
+
+
+@pytest.mark.parametrize(
+    "content", ["", "mine\n", '{"epoch": 1, "step": 17, "loss": 1}']
+)
+def test_metrics_of_another_are_not_touched(content, place, tmp_path):
+    (tmp_path / "mine").write_text(content)
+    for folder in ("mistyped", "alone"):
+        words = arguments(place, folder)[:-1] + [str(tmp_path / "mine"), "--resume"]
+        said = s4d.command(["train", *words])
+        assert (
+            said
+            == f"--metrics {tmp_path / 'mine'} is not of this run; allowed: "
+            + ("a new file, or its own")
+        )
+        assert contents(tmp_path) == {Path("mine"): content.encode()}
+    shutil.rmtree(place / "mistyped")
 
 
 def test_config_holds_every_setting_that_has_a_say(made, place):
     _, config = made
     settings = {flag.replace("-", "_") for flag in s4d.SETTINGS}
-    assert config.keys() == settings | {"dataset", "augment", "init", "images"}
+    others = {"dataset", "augment", "init", "images"} | s4d.surroundings().keys()
+    assert config.keys() == settings | others
+    assert config["jax"] == jax.__version__ and config["devices"] == "1 of cpu"
+    with jax.enable_x64(True):
+        assert s4d.surroundings()["enable_x64"] == "True"
 
 
 def test_nothing_to_go_on_with_is_a_beginning(made, tmp_path):
     said, (run, config) = [], made
-    with s4d.checkpoints(tmp_path / "new") as manager:
-        assert s4d.resume(manager, run, config, said.append) is None
+    assert s4d.resume(tmp_path / "new", run, config, said.append) is None
     assert "starting at the beginning" in said[0]
 
 
@@ -648,6 +705,204 @@ def test_arrays_survive_the_way_there_and_back(made):
     s4d.put_arrays(run, before)
     forms = map(s4d.key_form, jax.tree.leaves(nnx.state(run.model)))
     assert {form for form in forms if form} == {"rbg"}
+
+
+# -- several processes ----------------------------------------------------------------
+
+
+def pair(place, *extra, name="pair", patience=60):
+    """Start two processes, each with words of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = ["train", *arguments(place, name), f"--coordinator=127.0.0.1:{port}"]
+    both += ["--num-processes=2", f"--patience={patience}"]
+    return [
+        start(place, [*both, f"--process-id={i}", *words])
+        for i, words in enumerate(extra)
+    ]
+
+
+def test_processes_with_other_settings_are_refused(runs, place):
+    """Both say so and end, before the first step."""
+    for process, said in zip(
+        pair(place, ["--seed=1"], ["--epochs=7"]),
+        (
+            "process 1 is of another run: epochs is 7 there and 3 here; "
+            "seed is 0 there and 1 here; allowed: the same settings",
+            "process 0 is of another run: epochs is 3 there and 7 here; ",
+        ),
+    ):
+        (sentence,) = finish(process, status=1).splitlines()
+        assert sentence.startswith(said)
+    assert not (place / "pair").exists()
+
+
+def test_a_partner_that_dies_or_never_comes(runs, place):
+    """One dies in the first epoch, or never comes: the other ends with a sentence."""
+    alone, *_ = pair(place, [], patience=2)
+    pairs = [pair(place, [], [], name=f"dead{dead}") for dead in (0, 1)]
+    for dead, both in enumerate(pairs):
+        for line in both[0].stdout:
+            if line.startswith("epoch 1 "):
+                break
+        both[dead].kill()
+        since = time.monotonic()
+        said = finish(both[1 - dead], status=1)
+        assert time.monotonic() - since < 30
+        last = said.splitlines()[-1]
+        assert last.startswith("another process has gone") and "--resume" in last
+        assert "Traceback" not in said and "***" not in said
+        both[dead].communicate()
+    (said,) = finish(alone, status=1).splitlines()
+    assert "did not meet at 127.0.0.1:" in said and "in 2 seconds; allowed" in said
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """This process is one of two; `two` holds what the other has, in turn."""
+    others, gather = [], s4d.multihost_utils.process_allgather
+
+    def with_the_other(mine):
+        return np.stack([mine, others.pop(0) if others else mine])
+
+    assert gather(np.array([1])).shape == (1, 1)
+    monkeypatch.setattr(s4d.multihost_utils, "process_allgather", with_the_other)
+    return others
+
+
+def test_everyone_hears_what_the_others_have(two):
+    text = b'{"seed": "one"}'
+    two += [np.array(len(text)), np.frombuffer(text, np.uint8)]
+    assert s4d.from_all({"a": "\u00e9"}) == [{"a": "\u00e9"}, {"seed": "one"}]
+    text = b'{"seed": 17}'
+    two += [np.array(len(text)), np.frombuffer(text, np.uint8)]
+    with pytest.raises(ValueError, match="process 1 is of .*: seed is 17 there and 18"):
+        s4d.require_same(seed=18)
+    s4d.require_same(seed=18)
+
+
+def test_a_folder_that_not_all_see_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(s4d, "from_all", lambda mine: [mine, False])
+    with pytest.raises(ValueError, match="process 1 does not see .*new of process 0"):
+        s4d.prepare_folder(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_addresses_where_processes_cannot_meet(capsys, no_data):
+    rest = ["--num-processes=2", "--process-id=0"]
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        for address, said in {
+            "localhost": "allowed: HOST:PORT",
+            "localhost:": "allowed: HOST:PORT",
+            ":1234": "allowed: HOST:PORT",
+            "localhost:65536": "allowed: HOST:PORT",
+            "localhost:http": "allowed: HOST:PORT, with a port from 1 to 65535",
+            "no.such.host.invalid:1234": "this host is not known",
+            f"localhost:{port}": f"port {port} cannot be used here (Address already",
+        }.items():
+            said = f"--coordinator {address}: " + said
+            assert said in refused(capsys, "train", f"--coordinator={address}", *rest)
+    assert "'0'" in refused(capsys, "train", "--patience=0")
+
+
+# -- what goes wrong with paths, disks and signals ------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["checkpoint-dir", "metrics", "data-dir"])
+def test_paths_that_are_not_of_this_machine(
+    flag, capsys, no_data, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    for path in (
+        "gs://bucket/run",
+        "s3:/bucket",
+        "file:///tmp/x",
+        "",
+        "a\udcff",
+        "a\nb",
+    ):
+        said = refused(capsys, "train", "--dataset=mnist", f"--{flag}={path}")
+        assert f"--{flag}: {path!r}; allowed: the path of something on this" in said
+    assert "~nobody-here" in refused(capsys, "train", f"--{flag}=~nobody-here/x")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path, wanted in {"~/x": "x", "x": "x", "gs:x": "gs:x", "é ü": "é ü"}.items():
+        assert s4d.local_path(path) == tmp_path / wanted
+
+
+@pytest.mark.parametrize("word", ["--seed=--", "--seed=\udcff"])
+def test_odd_values_are_one_sentence(word, capsys, no_data, monkeypatch):
+    assert f"argument {word.split('=')[0]}: " in refused(capsys, "train", word)
+
+
+def test_go_on_with_names_all_that_is_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = (
+        "train --check a --lr=1e-05 --seed 7 --init inv --data-dir . --dataset mnist"
+    )
+    o = s4d.read_options([*words.split(), "--metrics", "a b"])
+    python, script, *rest = shlex.split(o.again)
+    assert (python, script) == (sys.executable, str(Path(s4d.__file__).absolute()))
+    monkeypatch.chdir("/")
+    again = s4d.read_options(rest)
+    assert again.resume and not o.resume
+    assert vars(again) | {"resume": False} == vars(o)
+
+
+@pytest.mark.parametrize("folder", ["/proc/run", "file/run", "long" * 99, "a/" * 2500])
+def test_folders_that_cannot_be_are_one_sentence(folder, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(s4d, "make_run", lambda o: s4d.prepare_folder(o.checkpoint_dir))
+    said = s4d.command(["train", "--checkpoint-dir", folder])
+    assert folder.rstrip("/")[:300] in said and ": " in said and "\n" not in said
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_is_one_sentence(runs, place, capsys):
+    """No file may be longer than this, as if there were no more room."""
+    cut = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, cut[1]))
+    try:
+        said = s4d.command(["train", *arguments(place, "full")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, cut)
+    file = rf"{place}/full/{FIRST}-\w+.npz"
+    assert re.fullmatch(f"{file}: File too large: make room .* with --resume", said)
+    assert list((place / "full").iterdir()) == []
+    assert "epoch" not in capsys.readouterr().out
+
+
+def test_a_second_signal_while_a_checkpoint_is_written(made, tmp_path, monkeypatch):
+    run, config = made
+    s4d.save(tmp_path, run, config)
+    before = contents(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda _: os.kill(os.getpid(), signal.SIGINT))
+
+    def work():
+        with s4d.stop_noted():
+            s4d.save(tmp_path, run, config)
+            assert contents(tmp_path) == before  # one signal is only noted
+            s4d.save(tmp_path, run, config)
+            raise AssertionError("not reached")
+
+    assert s4d.outcome(work) == "broken off; what was saved stays"
+    assert contents(tmp_path) == before
+
+
+def test_errors_say_what_to_do():
+    for error, said in {
+        PermissionError(13, "Permission denied", "/a"): (
+            "/a: Permission denied: choose a place where you may read and write"
+        ),
+        OSError(28, "No space left on device"): "the terminal: No space left on .*room",
+        MemoryError(): "there is not enough memory: try a smaller --batch-size",
+        ValueError("one\ntwo"): "one",
+        FloatingPointError("loss nan at step 3"): "loss nan at step 3: try a smaller",
+    }.items():
+        assert re.match(said, s4d.explained(error))
 
 
 # -- pieces ---------------------------------------------------------------------------

@@ -142,8 +142,9 @@ def test_temperature_zero_is_the_likeliest(x64):
     assert (levels == rows).all() and (log_p == 0).all()
     close, _ = s4d.generate(model, prefix, 10, jax.random.key(0), temperature=1e-6)
     assert (close == rows).all()
-    narrow, _ = s4d.generate(model, prefix, 10, jax.random.key(0), top_p=1e-9)
-    assert (narrow == rows).all()
+    for top_p in (1e-9, 1e-39, 5e-324):  # the last two are 0 in float32
+        narrow, log_p = s4d.generate(model, prefix, 10, jax.random.key(0), top_p=top_p)
+        assert (narrow == rows).all() and (log_p == 0).all()
 
 
 def test_log_probabilities_are_those_drawn_from():

@@ -1,5 +1,7 @@
 """Part 11: data, optimizer, training loop."""
 
+import resource
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +90,30 @@ def test_batches_leave_nothing_out():
     assert got == again
 
 
+def all_orders_at_once(data, epochs, batch_size, seed, augment, whole):
+    """The batches as they were drawn when the orders of all epochs were in memory."""
+    rng, (u, labels) = np.random.default_rng(seed), data
+    order = np.concatenate([rng.permutation(len(u)) for _ in range(epochs)])
+    end = len(order) - batch_size + 1 if whole else len(order)
+    for i in range(0, end, batch_size):
+        rows = order[i : i + batch_size]
+        yield augment(u[rows], rng), labels[rows]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("n, epochs, size", [(10, 4, 8), (7, 3, 7), (7, 3, 50)])
+def test_an_order_at_a_time_gives_the_same_batches(n, epochs, size, whole):
+    data = np.arange(1.0 * n)[:, None, None], np.arange(n)
+
+    def noisy(inputs, rng):
+        return inputs + rng.standard_normal(inputs.shape)
+
+    got = s4d.batches(data, epochs, size, 3, noisy, whole=whole)
+    wanted = all_orders_at_once(data, epochs, size, 3, noisy, whole)
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert all((a == b).all() for a, b in zip(ours, theirs))
+
+
 def test_nudges_move_half_of_the_images_by_a_pixel():
     rng, image = np.random.default_rng(0), np.full((8, 8), -1.0)
     image[3, 4] = 1.0
@@ -142,6 +168,160 @@ def test_training_stops_at_nan():
     model, data = tiny()
     with pytest.raises(FloatingPointError, match=r"loss (nan|inf) at step \d+; before"):
         s4d.train(model, data, data, epochs=20, batch_size=16, lr=1e30)
+
+
+BAD = {  # what is done to (inputs, labels), and what is said
+    "labels from 1": (lambda u, y: (u, y + 1), "labels are no class: .*0 to 1"),
+    "labels from -1": (lambda u, y: (u, y - 1), "32 of 64 labels are no class: .-1"),
+    "floats": (lambda u, y: (u, y * 1.0), "labels are float64; allowed: integers"),
+    "truth values": (lambda u, y: (u, y > 0), "labels are bool"),
+    "too many": (lambda u, y: (u, np.r_[y, y]), r"\(128,\) for 64 inputs.*\(64,\)"),
+    "too few": (lambda u, y: (u, y[:-1]), r"labels of shape \(63,\) for 64 inputs"),
+    "two axes": (lambda u, y: (u, y[:, None]), r"labels of shape \(64, 1\)"),
+    "none": (lambda u, y: (u[:0], y[:0]), "no inputs; allowed: one"),
+    "infinity": (lambda u, y: (u / 0, y), "inputs hold NaN or infinity"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")
+@pytest.mark.parametrize("how", BAD)
+def test_bad_sets_are_refused_before_the_first_step(how, monkeypatch):
+    monkeypatch.setattr(s4d, "train_step", None)
+    model, (u, labels) = tiny()
+    labels = np.arange(64) % 2
+    spoil, said = BAD[how]
+    bad, good = spoil(u, labels), (u, labels)
+    for name, sets in {"training": (bad, good), "validation": (good, bad)}.items():
+        with pytest.raises(ValueError, match=f"{name} set: .*{said}"):
+            s4d.train(model, *sets)
+
+
+def test_labels_of_every_width_and_of_every_place():
+    for kind in "bhilqBHILQ":
+        s4d.require_labels("set", (np.zeros((3, 8, 1)), np.zeros(3, kind)), (2,))
+    places = np.zeros((3, 8), np.int8)
+    s4d.require_labels("set", (np.zeros((3, 8, 1)), places), (8, 2))
+    with pytest.raises(ValueError, match=r"\(3, 8\) for 3 inputs.*\(3, 7\)"):
+        s4d.require_labels("set", (np.zeros((3, 8, 1)), places), (7, 2))
+
+
+@pytest.mark.parametrize("name", ["lr", "ssm_lr", "weight_decay"])
+@pytest.mark.parametrize("rate", [-1e-3, np.nan, np.inf])
+def test_rates_below_zero_are_refused(name, rate):
+    with pytest.raises(ValueError, match=f"{name} is .*; allowed: 0 <= {name} < inf"):
+        s4d.make_optimizer(None, 10, **{name: rate})
+
+
+def test_evaluate_refuses():
+    model, (u, labels) = tiny()
+    for data, said in {
+        "nothing": ((u[:0], labels[:0]), "0 inputs and 0 labels to evaluate"),
+        "fewer": ((u, labels[:-1]), "64 inputs and 63 labels"),
+        "others": ((u, labels + 1), "labels are no class: .*0 to 1"),
+    }.values():
+        with pytest.raises(ValueError, match=said):
+            s4d.evaluate(model, data)
+
+
+# -- files of weights -----------------------------------------------------------------
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A model and a file of its parameters, whose arrays `change` replaces."""
+    model = tiny()[0]
+    s4d.save_parameters(tmp_path / "good", model, [(1, 2.0, 3.0, 0.5)])
+    arrays = dict(np.load(tmp_path / "good.npz"))
+
+    def change(**changed):
+        np.savez(tmp_path / "bad.npz", **arrays | changed)
+        return tmp_path / "bad.npz"
+
+    return model, arrays, change
+
+
+def test_one_name_writes_and_reads(weights, tmp_path):
+    model, *_ = weights
+    for name in ("good", "good.npz"):
+        assert s4d.load_parameters(tmp_path / name, model).tolist() == [[1, 2, 3, 0.5]]
+        assert s4d.load_parameters(str(tmp_path / name), model).shape == (1, 4)
+    (tmp_path / "good").write_bytes(b"another's")  # of a name that is not ours
+    s4d.load_parameters(tmp_path / "good", model)
+    moved = (tmp_path / "good.npz").rename(tmp_path / "moved")
+    s4d.load_parameters(moved, model)
+    assert {p.name for p in tmp_path.iterdir()} == {"good", "moved"}
+
+
+@pytest.mark.parametrize("kind", ["i4", "c8", "?", "U1", "O"])
+def test_weights_of_other_kinds_are_refused(kind, weights):
+    model, arrays, change = weights
+    file = change(**{"decoder/bias": np.zeros(2, kind)})
+    with pytest.raises(ValueError, match=f"{file}.*save_parameters wrote for a model"):
+        s4d.load_parameters(file, model)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1e300])
+def test_weights_that_are_not_finite_are_refused(value, weights):
+    model, arrays, change = weights
+    before = np.array(model.decoder.bias[...])
+    file = change(**{"decoder/bias": np.array([0, value]), "decoder/kernel": 1.0})
+    with pytest.raises(ValueError, match=f"{file} differs in"):
+        s4d.load_parameters(file, model)
+    file = change(**{"decoder/bias": np.array([0, value])})
+    with pytest.raises(ValueError, match=f"{file}: decoder/bias is not finite.*give a"):
+        s4d.load_parameters(file, model)
+    assert (before == model.decoder.bias[...]).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", "cut", "flipped", "a .npy"])
+def test_damaged_weights_are_refused_by_name(content, weights, tmp_path):
+    model, *_ = weights
+    file, raw = tmp_path / "x.npz", (tmp_path / "good.npz").read_bytes()
+    if content == "a .npy":
+        np.save(tmp_path / "x.npy", np.zeros(3))
+        content = (tmp_path / "x.npy").read_bytes()
+    at = raw.index(b"encoder/kernel.npy") + 120  # in what follows its name
+    flipped = raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
+    file.write_bytes({"cut": raw[:-50], "flipped": flipped}.get(content, content))
+    with pytest.raises(ValueError, match=f"{file} is damaged, or no .npz.*: give a"):
+        s4d.load_parameters(file, model)
+
+
+def test_weights_that_cannot_be_read_or_written(weights, tmp_path):
+    model, *_ = weights
+    for name, said in {"no": "No such file", ".": "Is a directory"}.items():
+        with pytest.raises(OSError, match=f"cannot be read .{said}.*give a file that"):
+            s4d.load_parameters(tmp_path / name, model)
+    (tmp_path / "folder.npz").mkdir()
+    before = sorted(tmp_path.iterdir())
+    for name in ("folder", "no/model", "long" * 99, "good/model"):
+        with pytest.raises(OSError) as error:
+            s4d.save_parameters(tmp_path / name, model, [])
+        assert error.value.filename == str(tmp_path / f"{name}.npz")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    """What ends a write in the middle leaves the old file, and nothing beside it."""
+    file = tmp_path / "file"
+    s4d.write_whole(file, b"old")
+
+    cut = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, cut[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            s4d.write_whole(file, b"new" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, cut)
+    assert error.value.filename == str(file)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert file.read_bytes() == b"old"
+    s4d.write_whole(file, b"new")
+    assert file.read_bytes() == b"new"
+
+
+# -- and what else is refused ---------------------------------------------------------
 
 
 def test_training_refuses():

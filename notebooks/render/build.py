@@ -120,7 +120,7 @@ def save_assets(notebook):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Bring the notebook up to date.")
     parser.add_argument("--execute", action="store_true", help="execute in any case")
     force, notebook = parser.parse_args().execute, fresh_notebook()
     old = (
