@@ -99,26 +99,28 @@ def picture(draw, **values):
     return png.getvalue()
 
 
+def caption(draw):
+    """The docstring of a figure, on one line; its name where Python keeps none."""
+    return " ".join((inspect.getdoc(draw) or draw.__name__).split())
+
+
 def show(draw, promise=False):
     """Show a figure under its cell; or keep its place. A script saves it."""
     if "ipykernel" not in sys.modules:
         if not promise:
-            path = results() / f"{draw.__name__}.png"
-            path.write_bytes(picture(draw))
-            print(f"assets/{path.parent.name}/{path.name}")
+            (results() / f"{draw.__name__}.png").write_bytes(picture(draw))
+            print(f"assets/run/{draw.__name__}.png")
         return
     from IPython.display import Image, Markdown, display
 
-    caption = " ".join((inspect.getdoc(draw) or draw.__name__).split())
     if promise:
-        wait = Markdown("(drawn below, when the models have trained)")
-        draw.place = display(wait, display_id=draw.__name__)
+        draw.place = display(Markdown("(drawn below)"), display_id=draw.__name__)
     else:
-        image = Image(picture(draw), alt=caption, width=800)
+        image = Image(picture(draw), alt=caption(draw), width=800)
         if hasattr(draw, "place"):
             return draw.place.update(image)
         display(image)
-    display(Markdown(f"*{caption}*"))
+    display(Markdown(f"*{caption(draw)}*"))
 
 
 def results():

@@ -19,14 +19,11 @@ from flax import nnx
 from PIL import Image
 from render.article import editions, read_figures
 from render.drawing import drawing
+from render.files import fresh_notebook
 
 import annotated_s4d as s4d
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "notebooks"))
-
-import build  # noqa: E402
-
 TEXT = (ROOT / "annotated_s4d.py").read_text(encoding="utf-8")
 ARTICLE = jupytext.reads(TEXT, "py:percent")
 CODE = [cell.source for cell in ARTICLE.cells if cell.cell_type == "code"]
@@ -206,7 +203,7 @@ def test_notebook_is_current():
 def test_notebook_tells_its_language():
     """Other tools ask its name and suffix. No exact version: builds are the same."""
     notebook = nbformat.read(ROOT / "notebooks" / "annotated_s4d.ipynb", 4)
-    assert notebook.metadata == build.fresh_notebook().metadata
+    assert notebook.metadata == fresh_notebook().metadata
     language = notebook.metadata["language_info"]
     assert language["name"] == language["nbconvert_exporter"] == "python"
     assert language["file_extension"] == ".py" and "version" not in language
