@@ -15,177 +15,42 @@
 #
 # *From a mass on a spring to a model that draws digits, in one file.*
 #
-# Some signals are long: a second of sound has 16,000 samples, an image read pixel by
-# pixel has hundreds of steps. A recurrent network reads them one step at a time and
-# trains slowly. A Transformer reads them at once and pays for each pair of positions.
+# Some signals are long: a second of sound has 16,000 samples. A recurrent network reads
+# them one step at a time and trains slowly. A Transformer reads them at once and pays
+# for each pair of positions.
 #
-# **S4D** is a third way. It is a *state space model* (SSM): a small linear system of
+# **S4D** is a third way, a *state space model* (SSM): a small linear system of
 # differential equations, of the kind that describes springs and circuits, with
-# parameters that are learned. Such a system can be run in two ways that give the same
-# numbers. It trains as one long convolution, in parallel over time. It then runs as a
-# recurrence, where each new step costs the same, however long the past.
+# parameters that are learned. It trains as one long convolution, in parallel over time.
+# It then runs as a recurrence, where each step costs the same, however long the past.
 #
-# Its ancestor S4 (Gu, Goel and Ré, 2021) was the first such model to learn from tens of
-# thousands of steps, by way of a long computation with structured matrices. S4D showed
-# that a diagonal matrix is enough. This page builds it from nothing. It follows the
-# paper [On the Parameterization and Initialization of Diagonal State Space
-# Models](https://arxiv.org/abs/2206.11893) (Gu, Gupta, Goel and Ré, 2022), and its form
-# is owed to [The Annotated S4](https://srush.github.io/annotated-s4/) (Rush and
-# Karamcheti, 2022). You need linear algebra and some Python. You need not have met a
-# state space model before.
-#
-# The page is one Python file, `annotated_s4d.py`. Read it here, run its cells as a
-# notebook, execute it as a script, or `import annotated_s4d` and use its layer in your
-# own model. **Every number you will read is printed by a cell beside it**, or names its
-# source.
-
-# %% [markdown]
-# ## Part 0: The result and the map
-#
-# We start with what stands at the end, then prepare the tools to get there.
-#
-# | part | what you gain |
-# |:-----|:--------------|
-# | 1 A continuous system | a mass on a spring, written as $x' = Ax + Bu$ |
-# | 2 Hold the input | an exact step from one sample to the next |
-# | 3 The recurrence | the system as a loop over samples |
-# | 4 The convolution | the same output, all samples at once |
-# | 5 Diagonalize | a matrix becomes a few complex numbers: S4D |
-# | 6 Fast | FFT, a fast kernel, a parallel scan |
-# | 7 Where to start | which complex numbers make a good memory |
-# | 8, 9, 10 Layer, block, model | a neural network |
-# | 11 Training | handwritten digits, read one pixel at a time |
-# | 12 Streaming and generating | the same model, pixel by pixel; half digits, completed |
-# | 13 The evidence | which choices matter, measured |
-# | Closing | all views agree; where we deviate from the papers; exercises |
-# | Appendix A | all options of the layer; weights from elsewhere |
-# | Appendix B | what S4D left out: DSS and S4 |
-# | Appendix C | how this file shows itself |
-# | Appendix D | several devices |
-#
-# ### Setup
-#
-# The mathematics is [JAX](https://docs.jax.dev), the modules are
-# [Flax NNX](https://flax.readthedocs.io). SciPy appears only where we want a second
-# opinion. JAX is NumPy, here called `jnp`, that also differentiates and compiles.
-# Random numbers come from a *key*, the same from the same key. Arrays never change:
-# `a.at[i].set(v)` is a changed copy. Numbers have 32 bits, unless one asks for 64.
+# This page builds it from nothing, in one Python file that is an article to read, a
+# notebook to run, a script to execute and a library to import. **Every number you will
+# read is printed by a cell beside it**, or names its source. You need linear algebra
+# and some Python.
 
 # %% tags=["hide"] jupyter={"source_hidden": true}
-import re
+import functools
+import inspect
+import io
 import sys
 from pathlib import Path
 
-MAIN, STREAMLIT = __name__ == "__main__", sys.modules.get("streamlit")
-SERVED = bool(MAIN and STREAMLIT and STREAMLIT.runtime.exists())
+RUN = __name__ == "__main__"
+if RUN and (st := sys.modules.get("streamlit")) and st.runtime.exists():
+    page = Path(__file__).parent / "notebooks/render/served.py"
+    lost = "st.error('The page needs the whole repository.'), st.stop()"
+    exec(page.read_text() if page.exists() else lost)
 HERE = Path(sys.argv[0]).resolve() == Path(globals().get("__file__", "")).resolve()
-COMMAND = sys.argv[1:] if MAIN and HERE and not SERVED else []
-RUN = MAIN and not COMMAND
-PAGE_CELLS = r'(?ms)^# %% tags=\["page"\].*?\n(.*?)(?=^# %%|\Z)'
-
-if SERVED:
-    # `streamlit run`: show the page that Appendix C defines, and stop here. Its cells
-    # come without the rest, so that the words need not wait for JAX to be imported.
-    text = Path(__file__).read_text(encoding="utf-8")
-    for cell in re.finditer(PAGE_CELLS, text):
-        above = "\n" * text.count("\n", 0, cell.start(1))  # lines keep their numbers
-        exec(compile(above + cell[1], __file__, "exec"))
-    page()  # noqa: F821
-    sys.modules["streamlit"].stop()
-
-# %%
-import base64
-import contextlib
-import copy
-import ctypes
-import functools
-import hashlib
-import html
-import inspect
-import io
-import itertools
-import json
-import math
-import os
-import pickle
-import threading
-import time
-import uuid
-from urllib.parse import quote
+COMMAND = sys.argv[1:] if RUN and HERE else []  # none is left: see the last cell
+RUN = RUN and not COMMAND
 
 import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-import optax
-import rich.console
-import rich.progress
 import scipy  # its modules are imported when they are first used
-from flax import nnx
 from matplotlib.figure import Figure
-
-# %% [markdown]
-# One setting comes before all else. Work on large arrays uses and frees much memory, and
-# the C library gives freed memory back to the system, to fetch it again, page by page
-# and filled with zeros, a moment later. Where that library is glibc, we ask it to keep
-# what it has, in one place for all threads. A thread that has begun keeps its own place,
-# so we ask before JAX starts any. This changes the whole process: it is done when this
-# file runs, and not when it is imported.
-
-# %% tags=["hide"] jupyter={"source_hidden": true}
-def set_allocator(*settings):
-    """Set options of glibc's allocator, numbers and values. Does nothing elsewhere.
-
-    Returns a function that gives unused memory back to the system.
-    """
-    try:
-        library = ctypes.CDLL(None)
-        mallopt, trim = library.mallopt, library.malloc_trim
-    except (AttributeError, OSError, TypeError):
-        return lambda _: None
-    for option, value in settings:
-        mallopt(option, value)
-    return trim
-
-
-def keep_memory():
-    """Let glibc keep freed memory for the next step. Call it before JAX computes."""
-    # one arena, no array mapped apart, never trim, grow by 256 MB
-    set_allocator((-8, 1), (-4, 0), (-1, -1), (-2, 2**28))
-
-
-if RUN:
-    keep_memory()
-
-
-# %% [markdown]
-# We will compute the same output in many ways, and each time ask whether two of them
-# agree. The question deserves a name. `agree` prints the largest difference as a share
-# of the largest value, and stops the page if that is too much.
-#
-# Cells that do work begin with `if RUN:`. It is true in a notebook and in a script, and
-# false when this file is imported as a library, so that an import computes nothing. The
-# first code cell sets it, and shows the file as a web page where that is asked for.
-
-# %%
-def agree(left, a, right, b, tolerance=1e-5):
-    """Print max |a - b| / max |b|; raise AssertionError if it is over the tolerance."""
-    a, b = np.asarray(a), np.asarray(b)
-    if a.shape != b.shape:
-        raise AssertionError(f"{left} has shape {a.shape}, {right} has {b.shape}")
-    error = np.abs(a - b).max() / np.abs(b).max()
-    print(f"{left + ' = ' + right:58s} {error:.1e}")
-    if not error <= tolerance:  # so that NaN fails too
-        raise AssertionError(f"{left}, {right}: {error:.1e} is over {tolerance:.0e}")
-
-
-# %% [markdown]
-# Pictures are functions. `@figure` marks a function that returns a figure: its
-# docstring is the caption, its arguments are knobs that a reader may turn, and the
-# decorator says how far. A notebook shows the picture under its cell, a script saves it
-# in the folder `assets`, and on the web page each knob is a slider. Elsewhere, to turn
-# one, call the function again with another argument. The three cells that do this are
-# folded away, too; Appendix C explains their rules.
 
 # %% tags=["hide"] jupyter={"source_hidden": true}
 FIGURES = {}
@@ -199,35 +64,26 @@ LOOK = dict.fromkeys(INKED, INK) | {
     "axes.spines.right": False, "figure.facecolor": "none", "axes.facecolor": "none",
     "axes.prop_cycle": matplotlib.cycler(color=[BLUE, ORANGE, GREEN, PURPLE, INK]),
 }
-DRAWING = threading.Lock()  # Matplotlib's settings belong to the whole process
 
 
 def canvas(rows=1, columns=1, height=3.0, **options):
     """Return a figure as wide as the text and its axes. No pyplot, so nothing leaks."""
-    settings = dict(matplotlib.rcParams)
-    return pickle.loads(blank(pickle.dumps((rows, columns, height, options, settings))))
-
-
-@functools.lru_cache(maxsize=64)
-def blank(recipe):
-    """An empty figure and its axes, as bytes: they are made slowly and copied fast."""
-    rows, columns, height, options, _ = pickle.loads(recipe)
     fig = Figure(figsize=(8, height), layout="constrained")
-    return pickle.dumps((fig, fig.subplots(rows, columns, **options)))
+    return fig, fig.subplots(rows, columns, **options)
 
 
-# %% tags=["hide"] jupyter={"source_hidden": true}
-def figure(later=False, **knobs):
+def figure(later=False, times=False, data=None, work=None, **knobs):
     """Mark a function as a figure. A knob is a list of choices or a range (low, high).
 
-    It is drawn at once with its defaults; if `later`, a place is kept for it.
-    """
+    It is drawn at once; if `later`, a place is kept. `times`: it shows times. On a web
+    page a script may start from `data()`, and a button starts `work(watch)`."""
 
     def register(draw):
         odd = set(knobs) - set(inspect.signature(draw).parameters)
         if odd:
             raise TypeError(f"{draw.__name__} has knobs that are no arguments: {odd}")
-        draw.knobs, FIGURES[draw.__name__] = knobs, draw
+        draw.knobs, draw.data, draw.work = knobs, data, work
+        FIGURES[draw.__name__] = draw
         if RUN:
             show(draw, promise=later)
         return draw
@@ -236,33 +92,11 @@ def figure(later=False, **knobs):
 
 
 def picture(draw, **values):
-    """Draw a figure; return its PNG, which names the edition of the code behind it."""
-    png, marks = io.BytesIO(), {"Software": None, "Source": edition()}
-    with DRAWING, matplotlib.rc_context(LOOK):
-        draw(**values).savefig(png, dpi=144, format="png", metadata=marks)
+    """Draw a figure; return its PNG."""
+    png = io.BytesIO()
+    with matplotlib.rc_context(LOOK):
+        draw(**values).savefig(png, dpi=144, format="png", metadata={"Software": None})
     return png.getvalue()
-
-
-# %% tags=["hide"] jupyter={"source_hidden": true}
-def edition():
-    """Name this edition: a hash of every line of code but those of the page itself."""
-    if "__file__" not in globals():
-        return None  # in a notebook a picture stands beside its code
-    drawing = re.sub(PAGE_CELLS, "", Path(__file__).read_text(encoding="utf-8"))
-    code = [line for line in drawing.splitlines() if line and not line.startswith("#")]
-    return hashlib.sha256("\n".join(code).encode()).hexdigest()[:16]
-
-
-def show(draw, promise=False):
-    """Save a figure from a script, display it in a notebook; or promise to do so."""
-    start = time.perf_counter()
-    if "ipykernel" in sys.modules:
-        return display(draw, promise)
-    if not promise:
-        path = Path(__file__).with_name("assets") / f"{draw.__name__}.png"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(picture(draw))
-        print(f"{f'assets/{path.name}':58s} {time.perf_counter() - start:.1f} s")
 
 
 def caption(draw):
@@ -270,13 +104,17 @@ def caption(draw):
     return " ".join((inspect.getdoc(draw) or draw.__name__).split())
 
 
-def display(draw, promise):
-    """Display a figure under its cell, or where it has been promised."""
+def show(draw, promise=False):
+    """Show a figure under its cell; or keep its place. A script saves it."""
+    if "ipykernel" not in sys.modules:
+        if not promise:
+            (results() / f"{draw.__name__}.png").write_bytes(picture(draw))
+            print(f"assets/run/{draw.__name__}.png")
+        return
     from IPython.display import Image, Markdown, display
 
     if promise:
-        wait = Markdown("(drawn below, when the models have trained)")
-        draw.place = display(wait, display_id=draw.__name__)
+        draw.place = display(Markdown("(drawn below)"), display_id=draw.__name__)
     else:
         image = Image(picture(draw), alt=caption(draw), width=800)
         if hasattr(draw, "place"):
@@ -285,11 +123,24 @@ def display(draw, promise):
     display(Markdown(f"*{caption(draw)}*"))
 
 
-# %% [markdown]
-# Last, a habit that saves time: a bad argument is refused at once, in a sentence that
-# says what was given and what is allowed.
+def results():
+    """The folder where a script leaves its pictures and models; Git ignores it."""
+    folder = Path(__file__).with_name("assets") / "run"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
-# %%
+
+def agree(left, a, right, b, tolerance=1e-5):
+    """Print max |a - b| / max |b|; raise AssertionError if it is over the tolerance."""
+    a, b = np.asarray(a), np.asarray(b)
+    if a.shape != b.shape:
+        raise AssertionError(f"{left} has shape {a.shape}, {right} has {b.shape}")
+    error = np.abs(a - b).max() / np.abs(b).max()
+    print(f"{left + ' = ' + right:58s} {error:.1e}")
+    if not error <= tolerance:  # so that NaN fails too
+        raise AssertionError(f"{left}, {right}: {error:.1e} is over {tolerance:.0e}")
+
+
 def require(condition, given, allowed):
     """Raise ValueError with what was given and what is allowed, unless it holds."""
     if not condition:
@@ -309,14 +160,80 @@ def require_choice(name, value, choices):
     require(value in choices, f"{name} is {value!r}", ", ".join(map(repr, choices)))
 
 
-# %% [markdown]
-# `@compiled` is JAX's own `jax.jit`: it makes one program of a function, anew for each
-# shape of its arguments. The arguments that it lists are not arrays but part of the
-# program. JAX can be told to refuse sums and products of arrays whose shapes or types
-# differ. The formulas of this page count on such products, a matrix of poles times a
-# row of steps, and `@broadcasting` allows them in any case.
+# %% tags=["hide"] jupyter={"source_hidden": true}
+@figure(later=True)
+def hero():
+    """Above, a handwritten digit that a model reads as a row of 64 pixels, top line
+    first, its belief in each class after every pixel, and four of the convolution
+    kernels that it learned. Below, ten test digits, and under each what a second model
+    makes of it: it is given the upper half, and draws what is below the line."""
+    model, _, (images, labels) = trained()
+    fig = Figure((8, 3.6), layout="constrained")
+    grid = fig.add_gridspec(2, 3, width_ratios=[1, 2, 1.6], height_ratios=[1, 1])
+    left, middle, right = (fig.add_subplot(grid[0, k]) for k in range(3))
+    _, answers = advance(model, model.init_state(1), images[:1])
+    belief = jax.nn.softmax(answers[0])  # (64, 10)
+    left.imshow(images[0].reshape(8, 8))
+    left.set(xticks=[], yticks=[], title=f"a {labels[0]}")
+    middle.imshow(belief.T, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    middle.set(yticks=range(10), xlabel="pixels read", title="belief in each digit")
+    for h, K in enumerate(model.stack.blocks[0].ssm.kernel(64)[:4]):
+        right.plot(K / np.abs(K).max() - 2.2 * h)
+    right.set(yticks=[], xlabel="step", title="learned kernels")
+    below, both = fig.add_subplot(grid[1, :]), ten_completed()
+    below.imshow(np.vstack([strip(levels) for levels in both]))  # (18, 90)
+    below.axhline(12.5, color=ORANGE, lw=1)
+    title = "test digits, and under each what a model draws below the line"
+    below.set(xticks=[], yticks=[], title=title)
+    return fig
 
-# %%
+
+# %% [markdown]
+# ## Part 0: The map
+#
+# That picture is made by the two models that this page trains. Their ancestor S4 (Gu,
+# Goel and Ré, 2021) needs structured matrices; S4D makes do with a diagonal one. We
+# follow [On the Parameterization and Initialization of Diagonal State Space
+# Models](https://arxiv.org/abs/2206.11893) (Gu, Gupta, Goel and Ré, 2022), in the form of
+# [The Annotated S4](https://srush.github.io/annotated-s4/) (Rush and Karamcheti, 2022).
+#
+# | part | what you gain |
+# |:-----|:--------------|
+# | 1 A continuous system | a mass on a spring, written as $x' = Ax + Bu$ |
+# | 2 Hold the input | an exact step from one sample to the next |
+# | 3 The recurrence | the system as a loop over samples |
+# | 4 The convolution | the same output, all samples at once |
+# | 5 Diagonalize | a matrix becomes a few complex numbers: S4D |
+# | 6 Fast | FFT, a fast kernel, a parallel scan |
+# | 7 Where to start | which complex numbers make a good memory |
+# | 8, 9, 10 Layer, block, model | a neural network |
+# | 11 Training | handwritten digits, read one pixel at a time |
+# | 12 Streaming and generating | the same model, pixel by pixel; half digits, completed |
+# | 13 The evidence | which choices matter, measured |
+# | Closing | all views agree; where we deviate from the papers; exercises |
+# | Appendix A | all options of the layer; weights from elsewhere |
+# | Appendix B | what S4D left out: DSS and S4 |
+# | Appendix C | several devices |
+#
+# ### How to read the code
+#
+# The mathematics is [JAX](https://docs.jax.dev), the modules are
+# [Flax NNX](https://flax.readthedocs.io). SciPy appears only where we want a second
+# opinion. JAX is NumPy, here called `jnp`, that also differentiates and compiles.
+# Random numbers come from a *key*, the same from the same key. Arrays never change:
+# `a.at[i].set(v)` is a changed copy. Numbers have 32 bits, unless one asks for 64.
+# `@compiled` is JAX's own `jax.jit`: it makes one program of a function, anew for each
+# shape of its arguments. Where JAX is told to refuse sums and products of arrays whose
+# shapes or types differ, on which the formulas of this page count, `@broadcasting`
+# allows them.
+#
+# Folded above are imports and a few tools. `agree` prints the largest difference of two
+# outputs as a share of the largest value, and stops the page if that is too much.
+# `require` refuses a bad argument. `@figure` marks a function that returns a figure:
+# its docstring is the caption, its arguments are knobs. Cells that compute begin with
+# `if RUN:`, so that an import of this file computes nothing.
+
+# %% tags=["hide"] jupyter={"source_hidden": true}
 def broadcasting(f):
     """Let shapes and types broadcast inside f as NumPy's do, in strict modes too."""
 
@@ -353,40 +270,6 @@ def compiled(f):
 # | $K$ | `K` | `(..., L)` | the convolution kernel |
 # | $N, H, L$ | `N`, `H`, `L` | | size of the state, number of channels, length |
 #
-# ### The result
-#
-# And this is where we are going. The picture is made by the two models that this page
-# trains; it is drawn when Part 12 has trained the second.
-
-# %%
-@figure(later=True)
-def hero():
-    """Above, a handwritten digit that a model reads as a row of 64 pixels, top line
-    first, its belief in each class after every pixel, and four of the convolution
-    kernels that it learned. Below, ten test digits, and under each what a second model
-    makes of it: it is given the upper half, and draws what is below the line."""
-    model, _, (images, labels) = trained()
-    fig = Figure((8, 4.6), layout="constrained")
-    grid = fig.add_gridspec(2, 3, width_ratios=[1, 2, 1.6], height_ratios=[1.3, 1])
-    left, middle, right = (fig.add_subplot(grid[0, k]) for k in range(3))
-    _, answers = advance(model, model.init_state(1), images[:1])
-    belief = jax.nn.softmax(answers[0])  # (64, 10)
-    left.imshow(images[0].reshape(8, 8))
-    left.set(xticks=[], yticks=[], title=f"a {labels[0]}")
-    middle.imshow(belief.T, aspect="auto", cmap="Blues", vmin=0, vmax=1)
-    middle.set(yticks=range(10), xlabel="pixels read", title="belief in each digit")
-    for h, K in enumerate(model.stack.blocks[0].ssm.kernel(64)[:4]):
-        right.plot(K / np.abs(K).max() - 2.2 * h)
-    right.set(yticks=[], xlabel="step", title="learned kernels")
-    below, both = fig.add_subplot(grid[1, :]), ten_completed()
-    below.imshow(np.vstack([strip(levels) for levels in both]))  # (18, 90)
-    below.axhline(12.5, color=ORANGE, lw=1)
-    title = "test digits, and under each what a model draws below the line"
-    below.set(xticks=[], yticks=[], title=title)
-    return fig
-
-
-# %% [markdown]
 # *The page now builds everything in that picture, starting with a spring.*
 
 # %% [markdown]
@@ -1067,8 +950,29 @@ def responses(poles, weights, dt, u):
     return K, abs((upper + lower).sum(1)), direct_conv(u, K)
 
 
+# %% tags=["hide"] jupyter={"source_hidden": true}
+def explorer_data():
+    """What the explorer starts from: poles as rows [Re A, Im A, Re C, Im C]."""
+    default, rng = inspect.signature(explorer).parameters, np.random.default_rng(0)
+
+    def rows(A, C):
+        A, C = (np.asarray(v, complex).round(3) for v in (A, C))
+        seen = (A.imag <= 20) & (A.real >= -4)
+        return np.stack([A.real, A.imag, C.real, C.imag], 1)[seen][:8].tolist()
+
+    A, B, C = half_oscillator()
+    presets = {"the spring": rows(A, B * C)}
+    for name in ("lin", "legs", "inv", "real"):
+        A = s4d_init(name, 12)
+        presets[name] = rows(A, rng.normal(size=len(A)))
+    poles = rows(default["poles"].default, default["weights"].default)
+    limits = {"re": [-4, 0], "im": [0, 20]}
+    u = force(np.arange(STEPS) * DT).round(6).tolist()
+    return {"poles": poles, "dt": DT, "u": u, "presets": presets, "limits": limits}
+
+
 # %%
-@figure()
+@figure(data=explorer_data)
 def explorer(poles=(-1 + 6.24j, -0.4 + 2j), weights=(1.0, 0.5)):
     """Two poles and their conjugates, the kernel that they make together, its frequency
     response (dotted: where the poles are), and its response to the force of Part 1
@@ -1113,6 +1017,9 @@ def explorer(poles=(-1 + 6.24j, -0.4 + 2j), weights=(1.0, 0.5)):
 # the fast one, ask whether they agree, and stop the time.
 
 # %%
+import time
+
+
 def best_time(f, *args, repeats=5):
     """Seconds of the fastest of some calls of a compiled function."""
     f, times = jax.jit(f), []
@@ -1266,6 +1173,9 @@ if RUN:
 # is $\bar A^k$ for a list of exponents.
 
 # %%
+import math
+
+
 @compiled
 def mode_sum(W, A, dt, L, method="zoh"):
     """Compute 2 Re sum_n W_n A_bar_n^l for l = 0 ... L-1. Returns (..., L).
@@ -1595,7 +1505,7 @@ def costs(L, N=64, H=32):
 # Among the outputs the FFT wins at every length shown.
 
 # %%
-@figure(N=[8, 64, 128])
+@figure(N=[8, 64, 128], times=True)
 def cost_against_length(N=64):
     """Milliseconds for one call against the length. Left, the kernel by its definition
     and by tables. Right, the output by recurrence, by parallel scan, and by FFT from a
@@ -2089,6 +1999,9 @@ def pairs(p):
 # With them, the parameters of $H$ systems:
 
 # %%
+from flax import nnx
+
+
 class DiagonalSSM(nnx.Module):
     """The parameters of H = d_model diagonal systems with N = d_state, even.
 
@@ -2383,7 +2296,7 @@ def admit(u, width, lengths=None, shortest=0):
 # Now the layer. Calling it is Parts 4 and 6, stepping it is Part 3, and advancing it is
 # the pair of formulas above. Nothing is cached: each method reads the parameters, so
 # that an update can leave nothing stale behind, and gradients flow through all of them.
-# (`convolve` and `linear` have names of their own because Appendix D needs others where
+# (`convolve` and `linear` have names of their own because Appendix C needs others where
 # a batch or a sequence is spread over several devices.)
 
 # %%
@@ -3019,6 +2932,9 @@ def parameter_labels(params):
 # towards zero a little at every step. Each label gets its own.
 
 # %%
+import optax
+
+
 def make_optimizer(model, steps, lr=4e-3, ssm_lr=1e-3, weight_decay=0.05):
     """Return Adam with a rate for each label, and weight decay for "rest" alone.
 
@@ -3047,7 +2963,7 @@ def make_optimizer(model, steps, lr=4e-3, ssm_lr=1e-3, weight_decay=0.05):
 # One training step is: scores, loss, gradient, update. `nnx.jit` compiles it once. The
 # dropout layers draw a fresh mask at every step, since their random stream is part of
 # the model and moves on with each use. Rows may be weighted: those that only fill up a
-# batch get weight 0 (Appendix D).
+# batch get weight 0 (Appendix C).
 
 # %%
 @nnx.jit
@@ -3136,6 +3052,10 @@ def drawn_rows(n, epochs, batch_size, rng, whole=True):
 # while the generator itself has gone past them.
 
 # %%
+import copy
+import itertools
+
+
 def batches(data, epochs, batch_size, seed, augment=None, place=None, whole=True):
     """Yield batches of (inputs, labels) for so many epochs, reshuffled each time.
 
@@ -3171,6 +3091,12 @@ def nudged(images, rng):
 # how fast, the loss, and the time that is left.
 
 # %%
+import contextlib
+
+import rich.console
+import rich.progress
+
+
 @contextlib.contextmanager
 def progress(steps, done=0):
     """Show a bar on a terminal. Yields what to call after a step: move(step, loss)."""
@@ -3281,6 +3207,10 @@ def train_digits(seed=0, watch=None):
 # nobody ever sees a half.
 
 # %%
+import os
+import uuid
+
+
 def write_whole(file, data):
     """Write bytes to a file, all or nothing. Raises OSError, which names the file."""
     file = Path(file)
@@ -3384,6 +3314,8 @@ def load_parameters(file, model):
 # from the file that the last run left, if there is one.
 
 # %%
+import threading
+
 TRAINING = threading.Lock()  # visitors of the web page are threads: one trains for all
 
 
@@ -3396,12 +3328,13 @@ def trained():
 def recorded(name, make, train, prepare=lambda data: data):
     """What train() returns, where this file runs. Where it is imported, the model that
     make() returns with the parameters in assets, its history and the test data."""
-    saved = None if RUN else Path(__file__).with_name("assets") / name
-    if RUN or not saved.exists():
+    folder = Path(globals().get("__file__", "")).with_name("assets")
+    saved = [path for path in (folder / name, folder / "run" / name) if path.exists()]
+    if RUN or not saved:
         return train()
     model = nnx.eval_shape(make)  # shapes alone: starting values take seconds
     nnx.reseed(model, dropout=jax.random.key(0, impl="rbg"))
-    history = load_parameters(saved, model)
+    history = load_parameters(saved[0], model)
     model.eval()
     return model, history, prepare(load_digits()[2])
 
@@ -3415,9 +3348,10 @@ def trained_once():
 def keep(name, model, history):
     """From a script, leave the model beside the pictures."""
     if "__file__" in globals():
-        save_parameters(Path(__file__).with_name("assets") / name, model, history)
+        save_parameters(results() / name, model, history)
 
 
+# %%
 if RUN:
     start = time.perf_counter()
     model, history, test = trained()
@@ -3443,7 +3377,23 @@ def loss_curve(history):
     return fig
 
 
-@figure()
+def train_here(watch):
+    """Train once more, for the button of the web page. Returns what came of it.
+
+    watch(done, total, draw) hears of each epoch; draw() is the learning curve so far.
+    """
+    start, epochs = time.perf_counter(), inspect.signature(train).parameters["epochs"]
+
+    def seen(history):
+        rows = list(history)
+        watch(len(rows), epochs.default, lambda: loss_curve(rows))
+
+    model, _, test = train_digits(watch=seen)
+    accuracy, seconds = evaluate(model, test)[1], time.perf_counter() - start
+    return f"Test accuracy {accuracy:.2%} after {seconds:.0f} seconds."
+
+
+@figure(work=train_here)
 def learning_curve():
     """Loss on training and validation images while the model of this page trained."""
     return loss_curve(trained()[1])
@@ -3685,6 +3635,9 @@ if RUN:
 # keeps its accuracies; one function reads such files.
 
 # %%
+import json
+
+
 def measurements(name):
     """Read what a script in tests/ recorded in NAME.json. {} if it is not here."""
     here = Path(globals().get("__file__", "annotated_s4d.py")).parent
@@ -5712,6 +5665,9 @@ if RUN:
 # and the one that the layer runs, with the tables and exact angles of Part 6.
 
 # %%
+import re
+
+
 def code_lines(functions):
     """Count the lines of code of functions."""
     code = [re.sub(r'(?s)""".*?"""', "", inspect.getsource(f)) for f in functions]
@@ -5801,1123 +5757,7 @@ if RUN:
 # which options of S4D does it then belong?*
 
 # %% [markdown]
-# ## Appendix C: How this file shows itself
-#
-# This article is a Python file in which comments that begin with `# %%` divide prose
-# from code, the *percent* format of [Jupytext](https://jupytext.readthedocs.io). The
-# notebook is generated from it. A few small rules let one file serve all its readers.
-#
-# **Definitions run anywhere; work runs where it is asked for.** Cells that compute
-# begin with `if RUN:`, and `@figure` draws only if `RUN` is true. It is false on
-# import. So `import annotated_s4d` defines the library and computes nothing.
-#
-# **A figure is a function, its arguments are its knobs.** Try one in a notebook:
-# `one_mode(decay=0.3, frequency=12.0)`. Matplotlib's `Figure` is used without `pyplot`,
-# which would keep every figure alive. Ink and background are chosen so that a picture
-# reads well on white and on black.
-#
-# **A picture knows its code.** Each PNG in `assets` carries `edition()`, a hash of all
-# code lines of the edition that drew it. When code changes and pictures do not, a test
-# says so.
-#
-# **The page walks the cells.** `streamlit run annotated_s4d.py` reads this file as text
-# and lays out its cells: prose, code, and what the notebook recorded under each. The
-# mathematics is imported when you have begun to read, once for all, and draws a figure
-# again when you turn a knob.
-#
-# ### Figures without painting
-#
-# Matplotlib takes a few tenths of a second to paint a picture. Between a hand and an
-# eye that is too long. The page lets it arrange the figure and then, instead of having
-# it painted, writes down what is there: a line becomes a path in SVG, a text becomes
-# text. That takes milliseconds. And since texts are texts, they keep their size when
-# the page is narrow, and take the colour of the theme.
-
-# %%
-def drawing(fig, alt):
-    """Write a figure down as HTML that fits any width. Returns the string."""
-    rows, parts = {}, []
-    for ax in fig.axes:
-        rows.setdefault(ax.get_subplotspec().rowspan.start, []).append(ax)
-    shares = fig.axes[0].get_gridspec().get_height_ratios()
-    for axes, share in zip(rows.values(), shares):
-        grid, height = axes[0].get_gridspec(), 82 * fig.get_figheight() / sum(shares)
-        widths = grid.get_width_ratios() if len(axes) == grid.ncols else [1]
-        columns = " ".join(f"minmax(0, {w}fr)" for w in widths)
-        panels = "".join(panel(ax, height * share) for ax in axes)
-        narrow = 1 if len(axes) < 4 else (len(axes) + 1) // 2  # columns on a phone
-        style = f"--columns: {columns}; --narrow: {narrow}"
-        parts.append(f'<div class="row" style="{style}">{panels}</div>')
-    below = f'<div class="label">{plain(fig.get_supxlabel())}</div>'
-    label = f'role="img" aria-label="{html.escape(alt)}"'
-    return f'<div class="drawing" {label}>{"".join(parts)}{below}</div>'
-
-
-# %% [markdown]
-# One plot is a grid: title and legend above, numbers at the left and below, and in the
-# middle the curves. Places are shares of the plot's width and height, so that it can
-# have any size.
-
-# %%
-def panel(ax, height):
-    """One plot and the texts around it."""
-    width, depth = np.ptp(ax.get_xlim()), np.ptp(ax.get_ylim())
-    free = ax.get_aspect() == "auto"
-    shape = f"height: {height:.0f}px" if free else f"aspect-ratio: {width / depth:.3f}"
-    strip = not free and width > 2 * depth  # on a phone as wide as the screen
-    shape += "; max-width: none" if strip else ""
-    named = [v for v in ax.lines if ax.get_legend() and v.get_label()[0] != "_"]
-    swatch = '<span><i style="background: {}"></i>{}</span>'.format
-    legend = "".join(swatch(tone(v), plain(v.get_label())) for v in named)
-    return f"""<div class="panel">
-        <div class="title" style="color: {tone(ax.title)}">{plain(ax.get_title())}</div>
-        <div class="legend">{legend}</div>
-        <div class="ylabel"><span>{plain(ax.get_ylabel())}</span></div>
-        <div class="y">{ticks(ax.yaxis, "bottom")}</div>
-        <div class="plot" style="{shape}">{"".join(map(pixels, ax.images))}
-        {curves(ax.lines)}</div>
-        <div class="x">{ticks(ax.xaxis, "left")}</div>
-        <div class="label">{plain(ax.get_xlabel())}</div></div>"""
-
-
-def ticks(axis, side):
-    """The numbers along an axis, each at its share of the way."""
-    scale, marks = axis.get_transform().transform, {}
-    low, high = scale(np.array(axis.get_view_interval()))
-    places = axis.get_majorticklocs()
-    texts = axis.get_major_formatter().format_ticks(places)
-    shown = axis.get_tick_params()[{"left": "labelbottom", "bottom": "labelleft"}[side]]
-    for at, text in zip((scale(places) - low) / (high - low), map(str, texts)):
-        if shown and text and -0.001 < at < 1.001:
-            marks[plain(text)] = f"{side}: {at:.1%}"
-    widest = max(marks, key=len, default="")  # holds the column open
-    spans = (f'<span style="{place}">{text}</span>' for text, place in marks.items())
-    return "".join(spans) + f"<b>{widest}</b>"
-
-
-# %% [markdown]
-# The curves themselves. Matplotlib knows how to bring its data into shares of the plot,
-# logarithmic axes included. The drawing is stretched to its place, but not the pen.
-# Points are drawn by a round pen that does not move.
-
-# %%
-def curves(lines):
-    """The lines of a plot as an SVG image that takes any size."""
-    svg = (
-        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 1000 1000' fill='none' "
-        "preserveAspectRatio='none' stroke-linejoin='round'>"
-        "<style>path{vector-effect:non-scaling-stroke}</style>"
-        f"{''.join(map(curve, lines))}</svg>"
-    )
-    return f'<img alt="" src="data:image/svg+xml,{quote(svg, " =:/,")}">'
-
-
-def curve(line):
-    """A line, and its points, as SVG paths in thousandths of the plot."""
-    steps = matplotlib.cbook.STEP_LOOKUP_MAP[line.get_drawstyle()]
-    xy = np.transpose(steps(*np.array(line.get_xydata()).T))
-    x, y = (line.get_transform() - line.axes.transAxes).transform(xy).T
-    way = matplotlib.path.Path(np.transpose([1000 * x, 1000 - 1000 * y]))
-    if len(way) > 100 and line.get_marker() == "None":
-        way.simplify_threshold = 0.5  # fewer points where it is almost straight
-        way = matplotlib.path.Path(way.cleaned(simplify=True).vertices[:-1])
-    points = [f"{a:.0f} {b:.0f}" for a, b in way.vertices]
-    pen = f"<path stroke='{tone(line)}' opacity='{line.get_alpha() or 1}'"
-    path = (pen + " stroke-linecap='{}' stroke-width='{}' d='{}'/>").format
-    out = ""
-    if line.get_linestyle() != "None":
-        out += path("butt", line.get_linewidth(), "M" + "L".join(points))
-    if line.get_marker() != "None":
-        out += path("round", line.get_markersize(), "".join(f"M{p}h0" for p in points))
-    return out
-
-
-# %% [markdown]
-# Images, colours and labels go the same way.
-
-# %%
-def pixels(image):
-    """An array that is shown as a picture: one pixel for each number."""
-    png, array = io.BytesIO(), image.get_array()
-    matplotlib.image.imsave(png, image.to_rgba(array, bytes=True), format="png")
-    code = base64.b64encode(png.getvalue()).decode()
-    return f'<img alt="" class="pixels" src="data:image/png;base64,{code}">'
-
-
-def tone(artist):
-    """The colour of a line or a text, in a form that HTML knows."""
-    return matplotlib.colors.to_hex(artist.get_color())
-
-
-def plain(text):
-    """Matplotlib's little mathematics as HTML: $K_l$ is an italic K with a small l."""
-    signs = {"mathdefault": "", "Re": "Re", "Im": "Im", "Delta": "Δ"}
-    for name, sign in signs.items():
-        text = text.replace("\\" + name, sign)
-    text = re.sub(r"\^\{?([-\d]+)\}?", r"<sup>\1</sup>", text)
-    text = re.sub(r"_(\w)", r"<sub>\1</sub>", text)
-    text = re.sub(r"\$\{(.*?)\}\$", r"\1", text)  # a number stays upright
-    return re.sub(r"\$(.*?)\$", r"<em>\1</em>", text)
-
-
-# %% [markdown]
-# One figure is more than drawn. The explorer of Part 5 computes in the browser, so that
-# the curves follow a pole while it is dragged. It starts from these numbers, each pole
-# with its weight:
-
-# %%
-def explorer_data():
-    """What the explorer starts from: poles as rows [Re A, Im A, Re C, Im C]."""
-    default, rng = inspect.signature(explorer).parameters, np.random.default_rng(0)
-
-    def rows(A, C):
-        A, C = (np.asarray(v, complex).round(3) for v in (A, C))
-        seen = (A.imag <= 20) & (A.real >= -4)
-        return np.stack([A.real, A.imag, C.real, C.imag], 1)[seen][:8].tolist()
-
-    A, B, C = half_oscillator()
-    presets = {"the spring": rows(A, B * C)}
-    for name in ("lin", "legs", "inv", "real"):
-        A = s4d_init(name, 12)
-        presets[name] = rows(A, rng.normal(size=len(A)))
-    poles = rows(default["poles"].default, default["weights"].default)
-    limits = {"re": [-4, 0], "im": [0, 20]}
-    u = force(np.arange(STEPS) * DT).round(6).tolist()
-    return {"poles": poles, "dt": DT, "u": u, "presets": presets, "limits": limits}
-
-
-# %% [markdown]
-# ### Reading the file
-#
-# What follows is the page. Its cells are run by themselves, before anything else of
-# this file, and they import no mathematics. First the cells, as text:
-
-# %% tags=["page"]
-import ast
-import gc
-import html  # noqa: F811
-import importlib.util
-import inspect  # noqa: F811
-import json  # noqa: F811
-import math
-import os  # noqa: F811
-import threading
-import time
-from concurrent.futures import Future, wait
-
-st = sys.modules.get("streamlit")  # None, unless it runs this file
-
-
-def read_cells(text):
-    """Divide a file in the percent format. Yields kind, marks and source of a cell."""
-    for cell in re.split(r"^# %%", text, flags=re.M)[1:]:
-        marks, source = cell.split("\n", 1)
-        if "[markdown]" in marks:
-            yield "prose", marks, re.sub(r"^# ?", "", source.strip("\n"), flags=re.M)
-        else:
-            yield "code", marks, source.strip("\n")
-
-
-def read_figures(source):
-    """Yield name, caption, knobs and defaults of each figure that a cell defines."""
-    for node in ast.parse(source).body:
-        for call in getattr(node, "decorator_list", ()):
-            if ast.unparse(call).startswith("figure("):
-                knobs = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-                knobs.pop("later", None)
-                names = [a.arg for a in node.args.args]
-                values = dict(zip(names, map(ast.unparse, node.args.defaults)))
-                default = {k: ast.literal_eval(values[k]) for k in knobs}
-                caption = " ".join(ast.get_docstring(node).split())
-                yield node.name, caption, knobs, default
-
-
-# %% [markdown]
-# What the cells printed and drew stands in the executed notebook, if that belongs to
-# the same code. The file alone makes a page too: figures are then drawn on the spot.
-
-# %% tags=["page"]
-RECORDED = "application/x-annotated-drawing"  # beside each PNG in the notebook
-DATA = "application/x-annotated-data"
-
-
-def read_outputs(sources, path):
-    """For each code cell what it printed, its figure as HTML, and data, or blanks."""
-    blank = [("", "", "")] * len(sources)
-    if not path.exists():
-        return blank
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    cells = [cell for cell in cells if cell["cell_type"] == "code"]
-    cells = [cell for cell in cells if "page" not in cell["metadata"].get("tags", [])]
-    if ["".join(cell["source"]) for cell in cells] != sources:
-        return blank
-
-    def join(cell, kind):
-        data = (output.get("data", {}) for output in cell["outputs"])
-        return "".join("".join(form.get(kind, "")) for form in data)
-
-    def printed(cell):
-        return "".join("".join(o.get("text", "")) for o in cell["outputs"])
-
-    return [(printed(c), join(c, RECORDED), join(c, DATA)) for c in cells]
-
-
-# %% [markdown]
-# Code can be folded. Every cell becomes an item of the page: text, or HTML with the
-# figures that belong below it.
-
-# %% tags=["page"]
-def code_html(source):
-    """A code cell as HTML: a title to fold it by, the code, a button to copy it."""
-    names = re.findall(r"^(?:def|class) (\w+)", source, re.M)
-    first = next((x for x in source.splitlines() if x.strip() and x[0] not in "@#"), "")
-    title = html.escape(", ".join(names) or first)
-    return (
-        f'<details class="code"><summary>{title}</summary><button title="copy this '
-        f'cell">copy</button><pre><code>{html.escape(source)}</code></pre></details>'
-    )
-
-
-# %% tags=["page"]
-def read_page(file, notebook):
-    """What the page shows: parts, each a heading and its items; and all headings."""
-    parts, headings = [], []
-    cells = list(read_cells(file.read_text(encoding="utf-8")))
-    sources = [c for kind, marks, c in cells if kind == "code" and "page" not in marks]
-    outputs = iter(read_outputs(sources, notebook))
-    for kind, marks, source in cells:
-        if kind == "prose":
-            headings += re.findall(r"^(##+) (.*)", source, re.M)
-            if re.match("##? ", source):
-                heading, source = source.split("\n", 1)
-                parts.append((heading, []))
-            items = parts[-1][1]
-            if items and "prose" in items[-1]:
-                items[-1]["prose"] += "\n\n" + source
-            else:
-                items.append({"prose": source})
-            continue
-        page = "page" in marks
-        printed, drawn, data = ("", "", "") if page else next(outputs)
-        below = f'<pre class="printed">{html.escape(printed)}</pre>' if printed else ""
-        items.append({
-            "code": source, "printed": below, "fold": page or "hide" in marks,
-            "figures": list(read_figures(source)), "drawn": drawn, "data": data})
-    return parts, headings
-
-
-# %% [markdown]
-# ### Work that visitors share
-#
-# A server has many visitors and two hands. What one of them has asked for is kept for
-# the others: the imported mathematics, the figures drawn, the training. All of it runs
-# in threads of its own, so that no visitor waits for what another has started.
-
-# %% tags=["page"]
-def start(work, *args, after=0):
-    """Do work(*args), after so many seconds, in a thread that ends with the server.
-
-    Returns the thread.
-    """
-    thread = threading.Timer(after, work, args)
-    thread.daemon = True
-    thread.start()
-    return thread
-
-
-# %% tags=["page"]
-class Studio:
-    """The imported article and the figures drawn so far, for all visitors."""
-
-    def __init__(self, file):
-        # On small matrices several threads of BLAS mostly wait for each other.
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-        self.file, self.module, self.drawings = file, None, {}
-        self.importing, self.asking = threading.Lock(), threading.Lock()
-
-    def article(self):
-        """This file as a module, imported once, whatever the file is called."""
-        with self.importing:
-            if self.module is None:
-                spec = importlib.util.spec_from_file_location("article", self.file)
-                module = sys.modules["article"] = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-                self.module = module
-                sys.modules["matplotlib"].rcParams.update(self.module.LOOK)
-                # Each drawing has a thread, and glibc would give many of them an arena
-                # of memory of their own: M_ARENA_MAX is 1.
-                self.trim = self.module.set_allocator((-8, 1))
-                self.settle()
-        return self.module
-
-    def settle(self):
-        """Keep what an import or a compilation has left, give the rest back."""
-        # Streamlit collects garbage after every move of a knob. What is here to stay,
-        # JAX and its programs, need not be looked through each time.
-        gc.collect()
-        gc.freeze()
-        self.trim(0)
-
-    def promise(self, name, values):
-        """A future of a figure as HTML. The last 150 are kept."""
-        key = name, *values.items()
-        with self.asking:
-            if key not in self.drawings:
-                self.drawings[key] = Future()
-                start(self.draw, name, values, self.drawings[key])
-            for old in list(self.drawings)[:-150]:
-                del self.drawings[old]
-            return self.drawings[key]
-
-    def draw(self, name, values, promise):
-        """Draw a figure and keep the promise."""
-        begun = time.perf_counter()
-        try:
-            article = self.article()
-            draw = article.FIGURES[name]
-            promise.set_result(article.drawing(draw(**values), article.caption(draw)))
-        except Exception as error:  # it is raised where the promise is looked at
-            promise.set_exception(error)
-        if time.perf_counter() - begun > 1 and not promise.exception():
-            self.settle()  # it has compiled
-
-
-# %% [markdown]
-# Training takes a minute and more. It runs in the background and leaves its history
-# where every visitor can see it grow.
-
-# %% tags=["page"]
-class Training:
-    """The classifier in training, at most once at a time."""
-
-    def __init__(self, studio):
-        self.studio, self.thread = studio, None
-        self.history, self.outcome, self.stopped = [], "", False
-        self.epochs = 1
-
-    def busy(self):
-        return self.thread is not None and self.thread.is_alive()
-
-    def begin(self):
-        """Train in the background, unless somebody has begun."""
-        if not self.busy():
-            self.history, self.outcome, self.stopped = [], "", False
-            self.thread = start(self.run)
-
-    def watch(self, history):
-        self.history = list(history)
-        if self.stopped:
-            raise InterruptedError
-
-    def run(self):
-        since, article = time.perf_counter(), self.studio.article()
-        self.epochs = inspect.signature(article.train).parameters["epochs"].default
-        try:
-            model, _, test = article.train_digits(watch=self.watch)
-        except InterruptedError:
-            self.outcome = "Stopped."
-            return
-        _, accuracy = article.evaluate(model, test)
-        seconds = time.perf_counter() - since
-        self.outcome = f"Test accuracy {accuracy:.2%} after {seconds:.0f} seconds."
-
-    def curve(self):
-        """The learning curve so far, as HTML."""
-        article, history = self.studio.article(), self.history
-        return article.drawing(article.loss_curve(history), "The loss so far.")
-
-
-# %% [markdown]
-# ### Knobs
-#
-# A knob is a list of choices or a range, and becomes a slider of Streamlit. Its value
-# stands in the page's address, so that a view can be sent to someone. An address that
-# asks for what no knob can give gets the default, and a notice. An address may come from
-# anybody. So what it asks for is shown as code, 40 characters of it, and never read as
-# Markdown, in which it could hold a picture and make the browser ask a foreign host.
-
-# %% tags=["page"]
-def knob(key, label, span, default):
-    """Show the slider of a knob. Returns its value."""
-    bound = {"key": key, "bind": "query-params"}
-    if isinstance(span, list):
-        return st.select_slider(label, span, default, **bound)
-    fine = 10 ** math.floor(math.log10((span[1] - span[0]) / 25))
-    step = 1 if isinstance(default, int) else float(f"{fine:.0e}")
-    return st.slider(label, *span, default, step, **bound)
-
-
-# %% tags=["page"]
-def fits(text, span):
-    """Whether a text from the address is a value that a knob can take."""
-    if isinstance(span, list):
-        return text in map(str, span)
-    try:
-        return span[0] <= type(span[0])(text) <= span[1]
-    except ValueError:
-        return False
-
-
-def quoted(text):
-    """A text that somebody else wrote, as HTML: its beginning, as code."""
-    return f"<code>{html.escape(text[:40])}</code>" + "…" * (len(text) > 40)
-
-
-def mend_address(figures):
-    """Put defaults for what the address asks in vain. Returns notices as HTML."""
-    notices, asked = [], st.query_params.to_dict()
-    poles = asked.get("explorer.poles")
-    if poles and not read_poles(poles):
-        del st.query_params["explorer.poles"]
-        notices.append(
-            f"The address asks for poles {quoted(poles)}; allowed: up to 8 rows Re A, "
-            "Im A, Re C, Im C, with Re A in -4 to 0, Im A in 0 to 20, C in -2 to 2."
-        )
-    for name, _, knobs, default in figures:
-        for k, span in knobs.items():
-            key = f"{name}.{k}"
-            if key in asked and not fits(asked[key], span):
-                del st.query_params[key]
-                st.session_state[key] = default[k]
-                choices = f"{span[0]} to {span[-1]}"
-                if isinstance(span, list):
-                    choices = ", ".join(map(str, span))
-                notices.append(
-                    f"The address asks for {k} = {quoted(asked[key])} in the figure "
-                    f"{name}; allowed: {choices}. It shows {default[k]}."
-                )
-    return notices
-
-
-# %% tags=["page"]
-def read_poles(text):
-    """Rows of four numbers from the address, or None if they are not poles."""
-    try:
-        rows = [[float(v) for v in row.split(",")] for row in text.split(";")]
-    except ValueError:
-        return None
-    limits = (-4, 0), (0, 20), (-2, 2), (-2, 2)
-    fits = [
-        len(row) == 4 and all(low <= v <= high for v, (low, high) in zip(row, limits))
-        for row in rows
-    ]
-    return rows if all(fits) and len(rows) <= 8 else None
-
-
-# %% [markdown]
-# A figure is a *fragment*: when its knob moves, it alone runs again. The picture of the
-# defaults is in the notebook, any other is promised by the studio. After a move of the
-# knob the old picture stays for the seconds that the new one may take. A walk through the
-# whole page does not wait so long. What is not there by then is looked for every half
-# second, so that one slow figure does not hold up the others.
-
-# %% tags=["page"]
-def play(studio, figure, recorded):
-    """Show a figure under its knobs."""
-    name, caption, knobs, default = figure
-    values = {}
-    for column, k in zip(st.columns(len(knobs)) if knobs else (), knobs):
-        with column:
-            label = k.replace("_", " ")
-            values[k] = knob(f"{name}.{k}", label, knobs[k], default[k])
-    below = f"<figcaption>{html.escape(caption)}</figcaption>"
-    if values == default and recorded:
-        st.html(f"<figure>{recorded}{below}</figure>")
-        return
-    promise = studio.promise(name, values)
-    wait([promise], timeout=0.4 if st.session_state.walking else 3)
-    if promise.done():
-        st.html(f"<figure>{promise.result()}{below}</figure>")
-    else:
-        st.fragment(look_again, run_every=0.5)(promise)
-
-
-# %% tags=["page"]
-def explore(studio, figure, data):
-    """Show the explorer. When the reader lets a pole go, the address follows."""
-    data = json.loads(data) if data else studio.article().explorer_data()
-    poles = read_poles(st.query_params.get("explorer.poles", ""))
-    first = st.session_state.setdefault("poles at first", poles or data["poles"])
-    data["poles"] = first
-    frame = EXPLORER_HTML.replace("CAPTION", html.escape(figure[1]))
-    parts = {"html": frame, "css": EXPLORER_CSS, "js": EXPLORER_JS}
-    mount = st.components.v2.component("explorer", **parts)
-    # A list, as in a dict Streamlit looks for data frames, and imports pandas for that.
-    poles = mount(key="explorer", data=[data], on_poles_change=lambda: None).poles
-    if poles:
-        rows = (",".join(f"{v:g}" for v in row) for row in poles)
-        st.query_params["explorer.poles"] = ";".join(rows)
-    st.html(f"<figure><figcaption>{html.escape(figure[1])}</figcaption></figure>")
-
-
-def look_again(promise):
-    """Wait for a slow figure without holding up the rest of the page."""
-    st.html('<div class="waiting">drawing …</div>')
-    if promise.done():
-        st.rerun()
-
-
-# %% tags=["page"]
-def follow(training, watching):
-    """The button that trains, and the curve while it does."""
-    if watching and not training.busy():
-        st.rerun()  # it has ended: no need to look every second any more
-    left, right = st.columns([1, 3], vertical_alignment="center")
-    busy = training.busy()
-    if not busy and left.button("train here, now", key="train"):
-        training.begin()
-        st.rerun()
-    if busy and left.button("stop", key="stop"):
-        training.stopped = True
-        st.rerun()
-    if busy:
-        done, all_of = len(training.history), training.epochs
-        right.progress(done / all_of, f"{done} of {all_of} epochs, for all to see")
-    elif training.outcome:
-        right.text(training.outcome)
-    if training.history:
-        st.html(training.curve())
-
-
-# %% [markdown]
-# ### The page
-#
-# What is left is to walk the items. The headings of all parts and the first screen go
-# first, so that the reader has something to read and a place to go to; then part after
-# part is filled in. The mathematics is imported a little later: while the browser draws
-# the page, it needs the processor. What visitors share is made once for each edition of
-# the file and its notebook.
-
-# %% tags=["page"]
-def open_studio(file, notebook, edition):
-    """What visitors share: parts, headings, studio, training."""
-    studio = Studio(file)
-    return *read_page(file, notebook), studio, Training(studio)
-
-
-def page():
-    """Show this file as a Streamlit page."""
-    file = Path(__file__)
-    notebook = file.parent / "notebooks" / f"{file.stem}.ipynb"
-    edition = [path.stat().st_mtime_ns for path in (file, notebook) if path.exists()]
-    share = st.cache_resource(max_entries=1, show_spinner=False)
-    parts, headings, studio, training = share(open_studio)(file, notebook, edition)
-
-    st.set_page_config(page_title="The Annotated S4D", page_icon="🌊")
-    st.html(f"<style>{CSS}</style>")
-    st.html(f"<script>{SCRIPT}</script>", unsafe_allow_javascript=True)
-    with st.sidebar:
-        st.html(contents(headings))
-        unfolded = st.toggle("show code", True, key="code", bind="query-params")
-    first, st.session_state.walking = "notices" not in st.session_state, True
-    if first:
-        shown = [item for _, items in parts for item in items]
-        figures = [f for item in shown for f in item.get("figures", ())]
-        st.session_state.notices = mend_address(figures)
-    for notice in st.session_state.notices:
-        st.html(f'<p class="notice" role="alert">{notice}</p>')
-    places = [st.container(key=f"part-{number}") for number in range(len(parts))]
-    for place, (heading, _) in zip(places, parts):
-        place.markdown(heading)
-    for number, (place, (_, items)) in enumerate(zip(places, parts)):
-        with place:
-            for item in items:
-                show_item(item, unfolded, studio, training)
-        if first and number == 0:
-            time.sleep(0.4)  # the browser shows the first screen before the rest comes
-    st.session_state.walking = False
-    start(studio.article, after=3)  # when the browser has drawn the page
-
-
-# %% [markdown]
-# An item is words, or code, what it printed, and its figures:
-
-# %% tags=["page"]
-def show_item(item, unfolded, studio, training):
-    """Show one item of the page."""
-    if "prose" in item:
-        st.markdown(item["prose"])
-        return
-    code = code_html(item["code"])
-    if unfolded and not item["fold"]:
-        code = code.replace("<details", "<details open", 1)
-    st.html(code + item["printed"])
-    for figure in item["figures"]:
-        if figure[0] == "explorer":
-            st.fragment(explore)(studio, figure, item["data"])
-        else:
-            st.fragment(play)(studio, figure, item["drawn"])
-        if figure[0] == "learning_curve":
-            busy = training.busy()
-            st.fragment(follow, run_every=1 if busy else None)(training, busy)
-
-
-def contents(headings):
-    """The table of contents as HTML, a link for each section."""
-    links = []
-    for level, title in headings:  # the ids that Streamlit gives: S4D is s4-d
-        words = re.sub("([a-z0-9])([A-Z])", r"\1 \2", title.replace("'", "")).lower()
-        slug = re.sub("[^a-z0-9]+", "-", words).strip("-")
-        links.append(f'<li class="h{len(level)}"><a href="#{slug}">{title}</a></li>')
-    return f'<nav><ul>{"".join(links)}</ul></nav>'
-
-
-# %% [markdown]
-# How it looks: a column for reading, code that scrolls inside itself, plots that take
-# the colours of the theme, and, on paper, no sidebar.
-
-# %% tags=["page"]
-CSS = """
-.stMainBlockContainer { max-width: 47rem; padding-top: 3rem; }
-.stMarkdown p, .stMarkdown li { line-height: 1.65; }
-.stMain .stElementContainer { content-visibility: auto;
-  contain-intrinsic-size: auto 300px; }
-/* parts yet to come keep their place */
-[class*="st-key-part-"]:not(.st-key-part-0) { min-height: 100vh; }
-.stMarkdown h1 { font-size: 2.6rem; }
-.stMarkdown h2 { font-size: 1.75rem; margin-top: 2.5rem; }
-.stMarkdown h3 { font-size: 1.25rem; margin-top: 1rem; }
-.stMarkdown table { display: block; overflow-x: auto; }
-.stMarkdown .katex-display { overflow: auto hidden; padding: 2px 0; }
-nav ul { list-style: none; margin: 0; padding: 0; font-size: 0.86rem; }
-nav li { margin: 0; padding: 0.14rem 0; }
-nav .h3 { padding-left: 1rem; opacity: 0.8; }
-nav a { color: inherit; text-decoration: none; }
-nav a:hover, nav a.here { color: #2f86d6; }
-"""
-
-# %% [markdown]
-# Code and what it printed:
-
-# %% tags=["page"]
-CSS += """
-.code { position: relative; margin: 0; border-left: 3px solid #76767655; }
-.code summary { padding-left: 0.6rem; font: 0.8rem monospace; opacity: 0.75;
-  cursor: pointer; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.code[open] summary { list-style: none; height: 0.5rem; opacity: 0; }
-.code pre, .printed { margin: 0; padding: 0.5rem 0.8rem; overflow-x: auto;
-  background: #7676760f; font: 0.79rem/1.5 "Source Code Pro", monospace; }
-.code pre code { background: none; padding: 0; font: inherit; color: inherit; }
-.code button { position: absolute; right: 0.3rem; top: 0.8rem; opacity: 0; border: 0;
-  border-radius: 4px; padding: 0.1rem 0.5rem; background: #767676; color: white; }
-.code:hover button, .code button:focus { opacity: 0.9; }
-.printed { background: none; border-left: 3px solid #2f9e6e88; opacity: 0.85; }
-::highlight(keyword) { color: light-dark(#8a3fb0, #c99af0); }
-::highlight(text) { color: light-dark(#1f7a4d, #7fd0a5); }
-::highlight(remark) { color: light-dark(#6a6f76, #9aa0a8); }
-::highlight(name) { color: light-dark(#1d6fb8, #7db8ef); }
-::highlight(number) { color: light-dark(#b3541e, #eda36f); }
-"""
-
-# %% [markdown]
-# The figures that `drawing` wrote down, and what changes on a narrow screen and on paper:
-
-# %% tags=["page"]
-CSS += """
-figure { margin: 0; }
-figcaption { margin-top: 0.6rem; font-size: 0.875rem; line-height: 1.5; opacity: 0.7; }
-.drawing { width: 100%; font-size: 12.5px; line-height: 1.2; }
-.drawing .row { display: grid; grid-template-columns: var(--columns); gap: 0.9rem; }
-.panel { display: grid; grid-template-columns: auto auto minmax(0, 1fr);
-  align-content: start; }
-.panel .title { grid-column: 3; text-align: center; padding: 0.3rem 0; }
-.panel .legend { grid-column: 3; display: flex; flex-wrap: wrap; gap: 0.1rem 1rem; }
-.panel .legend i { display: inline-block; width: 1.1em; height: 3px;
-  margin: 0 0.4em 3px 0; }
-.panel .ylabel { grid-column: 1; align-self: center; margin-right: 5px; }
-.panel .ylabel span { writing-mode: vertical-rl; transform: rotate(180deg); }
-.panel .y { grid-column: 2; position: relative; }
-.panel .y:has(span) { min-width: 2.4em; }
-.panel .y span { position: absolute; right: 6px; transform: translateY(50%); }
-.panel .x, .panel .label { grid-column: 3; text-align: center; }
-.panel .x { position: relative; height: 1.5em; }
-.panel .x span { position: absolute; top: 5px; transform: translateX(-50%); }
-.panel .x b, .panel .y b { visibility: hidden; margin-right: 6px; font-weight: normal; }
-.panel .plot { grid-column: 3; position: relative; border: solid #767676;
-  border-width: 0 0 1px 1px; }
-.panel img { position: absolute; width: 100%; height: 100%; }
-.panel .pixels { image-rendering: pixelated; }
-.drawing .label, .panel .x, .panel .y, .panel .ylabel {
-  opacity: 0.75; text-align: center; }
-.waiting { padding: 3rem; text-align: center; opacity: 0.7; }
-.notice { border-left: 3px solid #dd6b20; padding: 0.5rem 0.8rem; margin: 0; }
-.notice code { unicode-bidi: isolate; overflow-wrap: anywhere; }
-@media (max-width: 640px) {
-  .drawing .row { grid-template-columns: repeat(var(--narrow), minmax(0, 1fr)); }
-  .panel .plot[style^=aspect] { width: 100%; max-width: 14rem; margin: auto; }
-}
-@media print {
-  .stSidebar, .stAppHeader, .code button { display: none; }
-  .stSlider, .stButton { display: none; }
-  .code { break-inside: avoid; }
-}
-"""
-
-# %% [markdown]
-# And a few lines for the browser. It colours the code itself: a pattern finds the words
-# of each kind, and their ranges get its colour. To mark up every word in HTML costs both
-# sides more time, to write it and to read it.
-
-# %% tags=["page"]
-SCRIPT = r"""
-const KINDS = {
-  remark: '#.*|"{3}[^]*?"{3}',
-  text: `[rf]?(?:"(?:\\\\.|[^"\\\\\n])*"|'(?:\\\\.|[^'\\\\\n])*')`,
-  keyword: "\\b(?:and|as|assert|async|await|break|class|continue|def|del|elif|else|" +
-    "except|finally|for|from|global|if|import|in|is|lambda|nonlocal|not|or|pass|" +
-    "raise|return|try|while|with|yield|None|True|False)\\b",
-  name: "(?<=\\b(?:def|class) )\\w+|@[a-z][\\w.]*",
-  number: "\\b\\d[\\d_]*(?:\\.\\d*)?(?:e-?\\d+)?j?",
-};
-const kinds = Object.entries(KINDS), groups = kinds.map(([k, v]) => `(?<${k}>${v})`);
-const WORD = new RegExp(groups.join("|"), "g");
-function colour(code) {
-  const text = code.firstChild;
-  for (const { 0: word, index, groups } of text.data.matchAll(WORD)) {
-    const kind = Object.keys(groups).find((k) => groups[k]), end = index + word.length;
-    const range = { startContainer: text, startOffset: index };
-    Object.assign(range, { endContainer: text, endOffset: end });
-    CSS.highlights.get(kind).add(new StaticRange(range));
-  }
-  code.className = "coloured";
-}
-function colourAll() {
-  document.querySelectorAll(".code code:not(.coloured)").forEach(colour);
-}
-if (CSS.highlights) {  // else the code stays black
-  for (const [kind] of kinds) CSS.highlights.set(kind, new Highlight());
-  colourAll();
-  const all = { childList: true, subtree: true };
-  new MutationObserver(colourAll).observe(document.querySelector(".stMain"), all);
-}
-"""
-
-# %% [markdown]
-# Then the button that copies, and the mark in the table of contents for the section in
-# view.
-
-# %% tags=["page"]
-SCRIPT += """
-document.addEventListener("click", (event) => {
-  const button = event.target.closest(".code button");
-  if (!button) return;
-  navigator.clipboard.writeText(button.parentElement.querySelector("pre").innerText);
-  button.textContent = "copied";
-  setTimeout(() => { button.textContent = "copy"; }, 1500);
-});
-const main = document.querySelector(".stMain");
-main.addEventListener("scroll", () => {
-  const headings = [...main.querySelectorAll("h2[id], h3[id]")];
-  const above = headings.filter((h) => h.getBoundingClientRect().top < 120);
-  const here = above.length ? "#" + above.at(-1).id : "";
-  for (const link of document.querySelectorAll("nav a"))
-    link.classList.toggle("here", link.getAttribute("href") === here);
-});
-"""
-
-# %% [markdown]
-# ### The explorer
-#
-# The explorer of Part 5 follows the hand, so it computes where the hand is: in the
-# browser. It is the same mathematics once more, in JavaScript, of which a test asks
-# whether it agrees with `s4d_kernel`. First the frame that it fills:
-
-# %% tags=["page"]
-EXPLORER_HTML = """
-<div class="explorer" role="group" aria-label="CAPTION">
-  <div>
-    <b>poles A</b> <small>drag them, or use the arrow keys</small>
-    <svg class="plane" role="group" aria-label="The complex plane of the poles">
-      <g></g><g class="handles"></g>
-    </svg>
-    <div class="says" aria-live="polite"></div>
-    <label>its weight, Re C <input class="weight" type="range" min="-2" max="2"
-      step="0.01"> <output class="value"></output></label>
-    <button class="add">add a pole</button><button class="remove">remove it</button>
-    <div class="presets" role="group" aria-label="Ready-made poles"></div>
-  </div>
-  <div>
-    <b>kernel</b> <small>and the share of each pole</small>
-    <svg class="kernel" role="img" aria-label="Kernel against age"><g></g></svg>
-    <b>frequency response</b> <small>|G|</small>
-    <svg class="frequency" role="img" aria-label="Frequency response"><g></g></svg>
-    <b>response to the force</b> <small>grey: the force, scaled</small>
-    <svg class="response" role="img" aria-label="Response against time"><g></g></svg>
-  </div>
-</div>
-"""
-
-EXPLORER_CSS = """
-.explorer {
-  --line: var(--st-border-color, #76767650);
-  color: var(--st-text-color, #31333f); font: 13px/1.4 var(--st-font, sans-serif);
-  display: grid; gap: 16px 28px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr));
-}
-.explorer > div { min-width: 0; }
-small { font-size: 12px; opacity: 0.75; }
-svg { display: block; width: 100%; height: 150px; margin-bottom: 6px; }
-.plane { height: 352px; }
-text { font-size: 12px; fill: currentColor; }
-path { fill: none; stroke-width: 2; stroke-linejoin: round; }
-.grid, .axis { stroke: var(--line); stroke-width: 1; shape-rendering: crispEdges; }
-.axis { stroke: currentColor; opacity: 0.6; }
-.share { stroke-width: 1.5; opacity: 0.6; }
-.force { stroke: #767676; stroke-width: 1.5; }
-.conjugate { opacity: 0.35; pointer-events: none; }
-.pole { cursor: grab; outline: none; user-select: none; }
-.pole * { touch-action: none; } /* the group has no box of its own to be touched */
-.pole text { fill: #111; font-weight: 600; text-anchor: middle; }
-.hit { fill: transparent; }
-.chosen .dot { stroke: currentColor; stroke-width: 2.5; }
-.pole:focus-visible .hit { stroke: currentColor; stroke-dasharray: 3 3; }
-label { display: flex; gap: 10px; margin: 4px 0; }
-input { flex: 1; min-width: 60px; }
-button {
-  font: inherit; color: inherit; background: none; cursor: pointer; padding: 4px 10px;
-  border: 1px solid var(--line); border-radius: 6px; margin: 3px 6px 3px 0;
-}
-button:disabled { opacity: 0.4; }
-"""
-
-# %% [markdown]
-# Now the mathematics. A complex number is a pair, a pole four numbers. The recurrence
-# gives a pole's kernel, as its answer to $1, 0, 0, \dots$, and its answer to the force.
-
-# %% tags=["page"]
-EXPLORER_JS = """
-// A pole is [Re A, Im A, Re C, Im C], as in Python. Its conjugate is understood; B = 1.
-const COLOURS = [210, 25, 150, 270, 330, 85, 185, 0].map((h) => `hsl(${h} 65% 55%)`);
-const ARROWS = { ArrowLeft: [-0.1, 0], ArrowRight: [0.1, 0],
-                 ArrowUp: [0, 0.5], ArrowDown: [0, -0.5] };
-
-const add = ([a, b], [c, d]) => [a + c, b + d];
-const multiply = ([a, b], [c, d]) => [a * c - b * d, a * d + b * c];
-const divide = (p, [c, d]) => multiply(p, [c, -d].map((v) => v / (c * c + d * d)));
-
-// A pole's share of the output: x_k = A_bar x_(k-1) + B_bar u_k, y_k = 2 Re(C x_k).
-function respond([re, im, ...C], dt, u) {
-  // Zero-order hold: A_bar = exp(dt A), B_bar = (A_bar - 1) / A, or dt where A = 0.
-  const size = Math.exp(dt * re);
-  const A_bar = [size * Math.cos(dt * im), size * Math.sin(dt * im)];
-  const B_bar = re || im ? divide(add(A_bar, [-1, 0]), [re, im]) : [dt, 0];
-  let x = [0, 0];
-  return u.map((u_k) => {
-    x = add(multiply(A_bar, x), multiply(B_bar, [u_k, 0]));
-    return 2 * multiply(C, x)[0];
-  });
-}
-
-// |G(iw)|, where G sums C / (iw - A) over the poles and their conjugates.
-function magnitude(poles, w) {
-  const G = poles.map(([re, im, c, d]) => {
-    const decay = Math.max(-re, 1e-3); // on the axis itself G has no bound
-    return add(divide([c, d], [decay, w - im]), divide([c, -d], [decay, w + im]));
-  });
-  return Math.hypot(...G.reduce(add));
-}
-"""
-
-# %% [markdown]
-# Drawing needs axes with round numbers, and places on them.
-
-# %% tags=["page"]
-EXPLORER_JS += """
-const sum = (shares) => shares[0].map((_, k) => shares.reduce((s, y) => s + y[k], 0));
-const largest = (values) => Math.max(1e-6, ...values.map(Math.abs));
-const label = (v) => String(Number(v.toPrecision(3))).replace("-", "−");
-const part = (el, name) => el.querySelector("." + name);
-const text = (x, y, anchor, words) =>
-  `<text x="${x}" y="${y}" text-anchor="${anchor}">${words}</text>`;
-const ticks = (from, to, n = 4) =>
-  Array.from({ length: n + 1 }, (_, i) => from + (i / n) * (to - from));
-// The place of v on an axis whose ticks run from one place to another.
-const scale = (ticks, from, to) => (v) =>
-  from + ((v - ticks[0]) / (ticks.at(-1) - ticks[0])) * (to - from);
-
-// An axis about zero, up to the first of 1, 2, 5, 10, 20, ... that holds the values.
-function about(values) {
-  const v = largest(values), ten = 10 ** Math.floor(Math.log10(v));
-  const end = [1, 2, 5, 10].map((m) => m * ten).find((m) => m >= v);
-  return [-end, 0, end];
-}
-"""
-
-# %% [markdown]
-# Every picture is a grid with numbers and curves. The plane of the poles is one without
-# curves.
-
-# %% tags=["page"]
-EXPLORER_JS += """
-// A view: a grid with numbers, and curves [xs, ys, kind, colour] in it.
-function view(el, which, name, xs, ys, curves = [], labelY = label) {
-  const svg = part(el, which);
-  const left = 46, right = svg.clientWidth - 12, bottom = svg.clientHeight - 36;
-  const X = scale(xs, left, right), Y = scale(ys, bottom, 12);
-  const line = ([x, y, kind, colour = "currentColor"]) => {
-    const points = x.map((v, k) => `${X(v).toFixed(1)},${Y(y[k]).toFixed(1)}`);
-    return `<path class="${kind}" stroke="${colour}" d="M${points.join("L")}"/>`;
-  };
-  const across = ys.map((y) => line([[xs[0], xs.at(-1)], [y, y], y ? "grid" : "axis"])
-    + text(left - 8, Y(y) + 4, "end", labelY(y)));
-  const down = xs.map((x) => line([[x, x], [ys[0], ys.at(-1)], x ? "grid" : "axis"])
-    + text(X(x), bottom + 16, "middle", label(x)));
-  svg.firstElementChild.innerHTML = [...across, ...down, ...curves.map(line),
-    text(right, bottom + 32, "end", name)].join("");
-  return { X, Y };
-}
-"""
-
-# %% [markdown]
-# From the poles to the pictures: each pole's share, their sum, and the force through
-# them. The frequency response has a logarithmic axis of three decades.
-
-# %% tags=["page"]
-EXPLORER_JS += """
-function draw(el) {
-  const { poles, data: { dt, u } } = el;
-  const t = u.map((_, k) => k * dt), time = ticks(0, u.length * dt);
-  const impulse = u.map((_, k) => (k === 0 ? 1 : 0));
-  const shares = poles.map((pole) => respond(pole, dt, impulse));
-  const K = el.kernel = sum(shares);
-  const y = el.output = sum(poles.map((pole) => respond(pole, dt, u)));
-  const ends = about(y), force = u.map((u_k) => (0.9 * ends[2] * u_k) / largest(u));
-  const faint = shares.map((share, n) => [t, share, "share", COLOURS[n]]);
-  view(el, "kernel", "age of the input, s", time, about([...shares, K].flat()),
-    [...faint, [t, K, "sum"]]);
-  view(el, "response", "time, s", time, ends, [[t, force, "force"], [t, y, "sum"]]);
-  drawFrequency(el);
-  drawPoles(el);
-}
-
-function drawFrequency(el) {
-  const last = el.data.limits.im[1];
-  // The poles' own frequencies are on the grid, lest a narrow peak be missed.
-  const w = [...ticks(0, last, 200), ...el.poles.map((pole) => pole[1])];
-  const G = w.sort((a, b) => a - b).map((v) => magnitude(el.poles, v));
-  const top = Math.ceil(Math.log10(largest(G))), bottom = top - 3;
-  const height = G.map((h) => Math.max(Math.log10(h), bottom));
-  view(el, "frequency", "frequency, rad/s", ticks(0, last), ticks(bottom, top, 3),
-    [[w, height, "sum"]], (v) => label(10 ** v));
-}
-"""
-
-# %% [markdown]
-# A pole is a disc that can be held, and says in words what it does.
-
-# %% tags=["page"]
-EXPLORER_JS += """
-function describe([re, im], n) {
-  const fades = re < 0 ? `fades to 1/e in ${label(-1 / re)} s` : "never fades";
-  const turns = im > 0 ? `turns ${im.toFixed(1)} rad/s` : "does not turn";
-  return `pole ${n + 1}: ${fades}, ${turns}`;
-}
-
-function drawPoles(el) {
-  const { poles, chosen, data: { limits } } = el, C = poles[chosen][2];
-  const name = "Re A: fades faster ←, Im A: turns faster ↑", top = limits.im[1];
-  el.plane = view(el, "plane", name, ticks(...limits.re), ticks(-top, top));
-  const { X, Y } = el.plane;
-  el.querySelectorAll(".pole").forEach((handle, n) => {
-    const [re, im] = poles[n] ?? [0, 0];
-    handle.style.display = n < poles.length ? "" : "none";
-    handle.setAttribute("transform", `translate(${X(re)} ${Y(im)})`);
-    handle.setAttribute("aria-label", describe([re, im], n));
-    handle.classList.toggle("chosen", n === chosen);
-    handle.querySelector(".conjugate").setAttribute("cy", Y(-im) - Y(im));
-  });
-  part(el, "says").textContent = describe(poles[chosen], chosen);
-  part(el, "value").textContent = C.toFixed(2).replace("-", "−");
-  part(el, "weight").value = C;
-  part(el, "weight").style.accentColor = COLOURS[chosen];
-  part(el, "add").disabled = poles.length >= COLOURS.length;
-  part(el, "remove").disabled = poles.length <= 1;
-}
-"""
-
-# %% [markdown]
-# Whoever moves poles, a hand, a key, a button or the address, does it through `take`,
-# which keeps them within limits. Python hears of the poles when the reader lets them go.
-
-# %% tags=["page"]
-EXPLORER_JS += """
-// Poles from anywhere: eight at most, within limits, finite, with three decimals.
-function take(el, poles, chosen = 0) {
-  const { re, im } = el.data.limits, limits = [re, im, [-2, 2], [-2, 2]];
-  const permit = (v, [low, high]) =>
-    Math.round(1e3 * Math.min(Math.max(v, low), high)) / 1e3 || 0;
-  el.poles = poles.slice(0, COLOURS.length).map((pole) =>
-    limits.map((limit, i) => permit(pole[i], limit)));
-  el.chosen = chosen;
-  draw(el);
-}
-
-const replace = (el, n, pole) => take(el, el.poles.with(n, pole), n);
-
-// Python hears of a change when it is finished, not on the way.
-function finish(el, wait = 0) {
-  clearTimeout(el.timer);
-  el.timer = setTimeout(() => el.setStateValue("poles", el.poles), wait);
-}
-"""
-
-# %% [markdown]
-# Last, the hand and the keys.
-
-# %% tags=["page"]
-EXPLORER_JS += """
-function listenToPole(el, handle, n) {
-  const move = ([re, im, ...C], dx, dy) => replace(el, n, [re + dx, im + dy, ...C]);
-  handle.onfocus = () => take(el, el.poles, n);
-  handle.onpointerdown = ({ clientX, clientY, pointerId }) => {
-    const pole = el.poles[n], { X, Y } = el.plane;
-    handle.setPointerCapture(pointerId);
-    handle.onpointermove = (now) => move(pole, (now.clientX - clientX) / (X(1) - X(0)),
-      (now.clientY - clientY) / (Y(1) - Y(0)));
-  };
-  handle.onlostpointercapture = () => { handle.onpointermove = null; finish(el); };
-  handle.onkeydown = (event) => {
-    const arrow = ARROWS[event.key], size = event.shiftKey ? 0.1 : 1;
-    if (!arrow) return;
-    event.preventDefault();
-    move(el.poles[n], size * arrow[0], size * arrow[1]);
-    finish(el, 300);
-  };
-}
-
-function listen(el) {
-  const set = (poles, chosen) => { take(el, poles, chosen); finish(el); };
-  part(el, "handles").innerHTML = COLOURS.map((colour, n) =>
-    `<g class="pole" tabindex="0" role="button" fill="${colour}">
-       <circle class="conjugate" r="6"/><circle class="hit" r="16"/>
-       <circle class="dot" r="9"/><text y="4">${n + 1}</text></g>`).join("");
-  el.querySelectorAll(".pole").forEach((handle, n) => listenToPole(el, handle, n));
-  part(el, "weight").oninput = ({ target }) =>
-    replace(el, el.chosen, el.poles[el.chosen].with(2, target.value));
-  part(el, "weight").onchange = () => finish(el);
-  part(el, "add").onclick = () =>
-    set([...el.poles, [-1, 2.5 * el.poles.length, 1, 0]], el.poles.length);
-  part(el, "remove").onclick = () =>
-    set(el.poles.filter((_, n) => n !== el.chosen), Math.max(el.chosen - 1, 0));
-  const preset = ([name, poles]) => Object.assign(document.createElement("button"),
-    { textContent: name, onclick: () => set(poles) });
-  part(el, "presets").append(...Object.entries(el.data.presets).map(preset));
-  el.observer = new ResizeObserver(() => draw(el));
-}
-
-export default function explore({ parentElement, data: [data], setStateValue }) {
-  const el = part(parentElement, "explorer"), before = el.data?.poles;
-  Object.assign(el, { data, setStateValue });
-  if (!el.observer) listen(el);
-  // The reader's poles outlive reruns, unless Python's own have changed.
-  if (JSON.stringify(data.poles) !== JSON.stringify(before)) take(el, data.poles);
-  el.observer.observe(part(el, "plane")); // draws now, and at every change of size
-  return () => el.observer.disconnect();
-}
-"""
-
-# %% [markdown]
-# ## Appendix D: Several devices
+# ## Appendix C: Several devices
 #
 # Where a machine has several devices, all of them should work. They can divide the rows
 # of a batch or the samples of a row.
@@ -7061,7 +5901,7 @@ if RUN:
 
 
 # %% [markdown]
-# The command `train`, which stood here, has moved there.
+# The command `train`, which stood here, has moved to a companion, `notebooks/training.py`.
 
 # %%
 if COMMAND:

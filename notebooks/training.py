@@ -33,6 +33,7 @@
 # %%
 import argparse
 import contextlib
+import ctypes
 import errno
 import filecmp
 import functools
@@ -83,7 +84,6 @@ from annotated_s4d import (
     digit_model,
     divided,
     evaluate,
-    keep_memory,
     load_digits,
     make_optimizer,
     mesh,
@@ -102,6 +102,21 @@ from annotated_s4d import (
 NOTEBOOK = "ipykernel" in sys.modules
 RUN = __name__ == "__main__" and NOTEBOOK  # cells that work are for a notebook
 COMMAND = __name__ == "__main__" and not NOTEBOOK
+
+# %% [markdown]
+# Work on large arrays uses and frees much memory, and the C library gives freed memory
+# back to the system, to fetch it again, filled with zeros, a moment later. Where that
+# library is glibc the command asks it to keep what it has, before JAX starts.
+
+# %%
+def keep_memory():
+    """Let glibc keep freed memory for the next step. Does nothing elsewhere."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        library = ctypes.CDLL(None)
+        # one arena, no array mapped apart, never trim, grow by 256 MB
+        for option, value in ((-8, 1), (-4, 0), (-1, -1), (-2, 2**28)):
+            library.mallopt(option, value)
+
 
 # %% [markdown]
 # ## Larger digits
@@ -314,7 +329,7 @@ def run_training(run, place=None):
 # %% [markdown]
 # ## Several devices
 #
-# The article's Appendix D divides a batch among all devices of all processes, each with
+# The article's Appendix C divides a batch among all devices of all processes, each with
 # a copy of the model. A batch that does not divide is filled up with rows of zeros.
 # They have weight 0 in the loss, so they change nothing. The last batch of all, which
 # may be smaller, is treated in the same way, and so no image is left out.

@@ -33,9 +33,9 @@ if jax.__version_info__[:2] == (0, 10):
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
-import annotated_s4d as s4d  # noqa: E402
+from render.memory import keep_memory  # noqa: E402
 
-s4d.keep_memory()  # arrays of 65,536 steps come and go by the hundred
+keep_memory()  # arrays of 65,536 steps come and go by the hundred
 
 
 @pytest.fixture(params=[False, True], ids=["float32", "float64"])

@@ -30,11 +30,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from test_page import CAPTIONS, CHROMIUM, FINE, FLAGS, LIVE, SLOW, serve  # noqa: E402
 
 MOVED = [pair for pair in LIVE if pair[0] not in SLOW and pair not in FINE]
-TITLE = """document.querySelector(".stMarkdown h1")
+TITLE = """document.querySelector(".article h1")
     && document.querySelectorAll("nav a").length > 30"""
-HEADINGS = "document.querySelectorAll('.stMarkdown h2').length > 10"
+HEADINGS = "document.querySelectorAll('.article h2').length > 10"
 EVERYTHING = f"""document.querySelectorAll(".drawing").length >= {len(CAPTIONS) - 1}
-    && document.querySelectorAll(".katex").length > 250
+    && document.querySelectorAll("math").length > 250
+    && document.querySelector(".complete")
     && [...document.querySelectorAll(".st-key-explorer *")].some(
         e => e.shadowRoot?.querySelector(".explorer")?.kernel)"""
 NO_ERROR = "document.querySelectorAll('[data-testid=stException]').length == 0"
@@ -70,9 +71,8 @@ def arrive(browser, address):
     return tab
 
 
-WATCH = """([slider, alt]) => {
-  const picture = () => [...document.querySelectorAll(".drawing")].find(
-    (e) => e.getAttribute("aria-label") == alt)?.innerHTML;
+WATCH = """([slider, name]) => {
+  const picture = () => document.querySelector(`#${name} > .drawing`)?.innerHTML;
   const old = picture();
   window.took = null;
   slider.addEventListener("keydown", () => {
@@ -92,7 +92,7 @@ def move(tab, name, knob, right):
     slider = tab.locator(f".st-key-{name}-{knob} input")
     slider.focus()
     low, high, now = slider.evaluate("e => [e.min, e.max, e.value].map(Number)")
-    tab.evaluate(WATCH, [slider.element_handle(), CAPTIONS[name]])
+    tab.evaluate(WATCH, [slider.element_handle(), name])
     forward = now == low or (right and now != high)
     tab.keyboard.press("ArrowRight" if forward else "ArrowLeft")
     tab.wait_for_function("window.took", timeout=60_000)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import jupytext
 import matplotlib
@@ -16,23 +17,22 @@ import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
+from render.article import editions, read_figures
+from render.drawing import drawing
+from render.files import fresh_notebook
 
 import annotated_s4d as s4d
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "notebooks"))
-
-import build  # noqa: E402
-
 TEXT = (ROOT / "annotated_s4d.py").read_text(encoding="utf-8")
 ARTICLE = jupytext.reads(TEXT, "py:percent")
 CODE = [cell.source for cell in ARTICLE.cells if cell.cell_type == "code"]
 PROSE = [cell.source for cell in ARTICLE.cells if cell.cell_type == "markdown"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-READ = [  # the code cells of the article itself, without those of its web page
+READ = [  # the code cells but those that are folded away
     cell.source
     for cell in ARTICLE.cells
-    if cell.cell_type == "code" and "page" not in cell.metadata.get("tags", [])
+    if cell.cell_type == "code" and "hide" not in cell.metadata.get("tags", [])
 ]
 # Not moved here: the first stops the time and compiles much for that, the second asks
 # the trained model; tests/test_page.py moves it in the browser.
@@ -113,7 +113,7 @@ def test_every_knob_changes_its_figure(name):
 
     def drawn(**knobs):
         with matplotlib.rc_context(s4d.LOOK):
-            return s4d.drawing(draw(**knobs), "caption")
+            return drawing(draw(**knobs), "caption")
 
     default = drawn()
     assert drawn() == default  # the same twice
@@ -137,6 +137,47 @@ def test_a_knob_without_argument_is_refused():
         s4d.figure(size=(1, 2))(lambda width=1: None)
 
 
+# -- figures as HTML ------------------------------------------------------------------
+
+
+def test_what_is_drawn_is_written_down():
+    """Dashes, points, pale lines, names, texts; nothing is taken for HTML."""
+    fig, (left, right) = s4d.canvas(1, 2, 3.0)
+    left.plot([0, 1], [0, 1], ":", label="a < b", alpha=0.1)
+    left.plot([0, 1], [1, 0], "x", label="points")
+    left.set(title="<b>", ylabel="$K_l$", xlim=(0, 1), ylim=(0, 1))
+    left.legend()
+    left.text(0.25, 0.5, "here")
+    right.semilogy([0, 1], [2.0, 30.0])
+    right.set(ylim=(2.0, 30.0))
+    html = drawing(fig, 'it"s')
+    assert 'aria-label="it&quot;s"' in html and "a &lt; b" in html
+    assert "&lt;b&gt;" in html and "<em>K<sub>l</sub></em>" in html
+    assert "stroke-dasharray='2 3'" in unquote(html) and "dotted" in html
+    assert "opacity='0.65'" in unquote(html)  # no line is too pale to be seen
+    assert html.count('class="point"') == 2 and "left: 25.0%; bottom: 50.0%" in html
+    numbers = re.findall(r'<span style="bottom: [\d.]+%">(\d+)</span>', html)
+    assert {"5", "10", "20"} <= set(
+        numbers
+    )  # a log axis of one decade has more than one
+
+
+def test_axes_stay_and_the_default_is_a_ghost():
+    def one(size):
+        fig, ax = s4d.canvas()
+        ax.plot([0, 1], [0, size], color=s4d.BLUE)
+        return fig
+
+    small, large = one(1), one(4)
+    assert drawing(one(1), "").count("%3Cpath ") == 1
+    both = unquote(drawing(small, "", ghost=large))
+    assert both.count("<path ") == 2 and "opacity='0.25'" in both
+    assert small.axes[0].get_ylim() == large.axes[0].get_ylim()
+    grown = one(8)
+    drawing(grown, "", ghost=large)
+    assert grown.axes[0].get_ylim() == one(8).axes[0].get_ylim()
+
+
 # -- generated files ------------------------------------------------------------------
 
 
@@ -145,8 +186,9 @@ def test_notebook_is_current():
     notebook = nbformat.read(ROOT / "notebooks" / "annotated_s4d.ipynb", 4)
     ours = [(cell.cell_type, cell.source) for cell in ARTICLE.cells]
     theirs = [(cell.cell_type, cell.source) for cell in notebook.cells]
-    assert theirs == ours, "run: python notebooks/build.py"
+    assert theirs == ours, "run: python notebooks/render/build.py"
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.metadata["edition"] for cell in code] == editions(CODE)
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     for cell in code:
         outputs = cell.outputs
@@ -161,18 +203,65 @@ def test_notebook_is_current():
 def test_notebook_tells_its_language():
     """Other tools ask its name and suffix. No exact version: builds are the same."""
     notebook = nbformat.read(ROOT / "notebooks" / "annotated_s4d.ipynb", 4)
-    assert notebook.metadata == build.fresh_notebook().metadata
+    assert notebook.metadata == fresh_notebook().metadata
     language = notebook.metadata["language_info"]
     assert language["name"] == language["nbconvert_exporter"] == "python"
     assert language["file_extension"] == ".py" and "version" not in language
 
 
 def test_pictures_are_current():
-    """Each picture in assets was drawn by this edition of the code."""
+    """Each picture in assets was drawn by the code that draws it now.
+
+    Pictures of times are no products of the code alone, and not kept.
+    """
     pictures = {path.stem: path for path in (ROOT / "assets").glob("*.png")}
-    assert set(pictures) == set(s4d.FIGURES)
+    wanted = {
+        figure.name: edition
+        for source, edition in zip(CODE, editions(CODE))
+        for figure in read_figures(source)
+        if "times" not in figure.options
+    }
+    assert set(pictures) == set(wanted)
     for name, path in pictures.items():
-        assert Image.open(path).text["Source"] == s4d.edition(), f"{name} is stale"
+        assert Image.open(path).text["Source"] == wanted[name], f"{name} is stale"
+
+
+def changed(old, new):
+    """The figures that are stale when a piece of the article's code is another."""
+    assert TEXT.count(old) >= 1
+    other = jupytext.reads(TEXT.replace(old, new, 1), "py:percent")
+    code = [cell.source for cell in other.cells if cell.cell_type == "code"]
+    drawn = zip(CODE, editions(CODE), editions(code), strict=True)
+    pairs = [(source, before == after) for source, before, after in drawn]
+    return {f.name for source, same in pairs if not same for f in read_figures(source)}
+
+
+def test_a_figure_is_stale_when_the_code_that_draws_it_has_changed():
+    coarse = changed("DT, STEPS = 0.04, 200", "DT, STEPS = 0.05, 200")
+    assert {"oscillator_response", "explorer"} <= coarse and "hero" not in coarse
+    assert "hero" in changed("def nudged(images, rng):", "def nudged(images, rng=0):")
+    # the words of a figure are its own
+    assert changed("draws what is below the line", "draws the rest") == {"hero"}
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("The force in newtons", "A force"),  # a docstring elsewhere
+        ("# seconds, samples", "# s"),  # a comment
+        ("## Part 1: A continuous system", "## Part 1: A system"),  # prose
+        ("def param_count(", "def count_of("),  # what no figure uses
+    ],
+)
+def test_and_not_when_anything_else_has(old, new):
+    assert changed(old, new) == set()
+
+
+def test_a_script_leaves_git_clean():
+    """Its pictures and models go where Git does not look."""
+    git = ["git", "check-ignore", "-q", str(s4d.results() / "hero.png")]
+    assert subprocess.run(git, cwd=ROOT).returncode in (0, 128)  # 128: no checkout
+    assert s4d.results().parent == ROOT / "assets"
 
 
 def test_the_table_of_accuracies_is_the_recorded_one():
@@ -238,12 +327,30 @@ def test_public_names():
 
 def test_cells_are_short():
     """One idea a cell; the measures of a page that is read."""
-    lines = sorted(
-        len([x for x in source.splitlines() if x.strip()]) for source in READ
-    )
+
+    def lines_of(sources):
+        return sorted(
+            len([x for x in source.splitlines() if x.strip()]) for source in sources
+        )
+
+    lines = lines_of(READ)
     assert lines[len(lines) // 2] <= 14
     assert lines[int(0.9 * len(lines))] <= 25
     assert lines[-1] <= 34
+    assert lines_of(set(CODE) - set(READ))[-1] <= 80  # what is folded
+
+
+def test_the_opening_is_short():
+    """Title, three paragraphs, the result; machinery in two folded cells."""
+    opening = ARTICLE.cells[
+        : [c.source[:7] == "## Part" for c in ARTICLE.cells].index(1)
+    ]
+    kinds = [cell.cell_type for cell in opening]
+    assert kinds == ["markdown", "code", "code", "code"]
+    assert len(opening[0].source.split("\n\n")) == 5  # title, subtitle, paragraphs
+    imports = [x for x in opening[1].source.splitlines() if re.match("import|from", x)]
+    assert len(imports) <= 12 and "def hero(" in opening[3].source
+    assert all("hide" in cell.metadata["tags"] for cell in opening[1:])
 
 
 def test_code_fits_the_page():

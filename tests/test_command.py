@@ -294,7 +294,7 @@ def test_who_runs_what(name, file, argv, run, command, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.delitem(sys.modules, "streamlit", raising=False)
     text = Path(s4d.__file__).read_text(encoding="utf-8")
-    hook = re.search(r"^import re$.*?^(?=if )", text, re.M | re.S)[0]
+    hook = re.search(r"^import functools$.*?^(?=import jax$)", text, re.M | re.S)[0]
     names = {"__name__": name} | ({"__file__": file} if file else {})
     exec(hook, names)
     assert (names["RUN"], names["COMMAND"] or False) == (run, command)
@@ -351,18 +351,32 @@ def test_every_function_of_the_companion_says_what_it_does():
             assert ast.get_docstring(node), node.name
 
 
-def test_under_streamlit_arguments_are_not_a_command(monkeypatch):
+def test_under_streamlit_arguments_are_not_a_command(monkeypatch, tmp_path):
+    """The page is shown, or a sentence, and the file goes no further."""
+
+    class Stopped(Exception):
+        pass
+
     class Served:
         class runtime:  # noqa: N801
             exists = staticmethod(lambda: True)
 
+        @staticmethod
+        def error(sentence):
+            assert sentence == "The page needs the whole repository."
+
+        @staticmethod
+        def stop():
+            raise Stopped
+
     monkeypatch.setitem(sys.modules, "streamlit", Served)
     monkeypatch.setattr(sys, "argv", ["here", "train"])
     text = Path(s4d.__file__).read_text(encoding="utf-8")
-    hook = re.search(r"^import re$.*?^(?=if )", text, re.M | re.S)[0]
-    names = {"__name__": "__main__", "__file__": "here"}
-    exec(hook, names)
-    assert names["SERVED"] and names["RUN"] and not names["COMMAND"]
+    hook = re.search(r"^import functools$.*?^(?=import jax$)", text, re.M | re.S)[0]
+    names = {"__name__": "__main__", "__file__": str(tmp_path / "here")}
+    with pytest.raises(Stopped):
+        exec(hook, names)
+    assert "COMMAND" not in names
 
 
 # -- runs -----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Appendix D: one sequence on several devices.
+"""Appendix C: one sequence on several devices.
 
 Devices must be there before JAX starts. So this file is also a script, which a test
 starts with eight virtual ones.

@@ -348,7 +348,7 @@ def test_recorded_generator_gives_the_printed_bits():
     """The parameters in assets load, and give the numbers that the notebook printed."""
     saved = ROOT / "assets" / "generator.npz"
     if not saved.exists():
-        pytest.skip("not recorded yet: python notebooks/build.py")
+        pytest.skip("not recorded yet: python notebooks/render/build.py")
     assert saved.stat().st_size < 500_000
     model, history, (u, levels) = s4d.trained_generator()
     loss, _ = s4d.evaluate(model, (u, levels))
@@ -362,7 +362,9 @@ def test_recorded_generator_gives_the_printed_bits():
         assert number in readme, number
     notebook = (ROOT / "notebooks" / "annotated_s4d.ipynb").read_text(encoding="utf-8")
     if "all pixels before: S4D" not in notebook:
-        pytest.skip("the notebook is of an older edition: python notebooks/build.py")
+        pytest.skip(
+            "the notebook is of an older edition: python notebooks/render/build.py"
+        )
     printed = re.search(r"all pixels before: S4D +([\d.]+) bits", notebook)[1]
     assert f"{ours:.3f}" == printed
 

@@ -12,25 +12,22 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = (
-    "annotated_s4d.py",
-    "notebooks/annotated_s4d.ipynb",
-    "notebooks/build.py",
-    "notebooks/page.py",
-)
+FILES = ("annotated_s4d.py", "notebooks/annotated_s4d.ipynb")
 VOID = {"meta", "link", "input", "img", "br", "hr"}
 
 
 def start(root, seed="0"):
     """Start the command in a copy of the files that the page is made of."""
-    command, env = [sys.executable, "notebooks/page.py"], {"PYTHONHASHSEED": seed}
+    command = [sys.executable, "notebooks/render/static.py"]
+    env = os.environ | {"PYTHONHASHSEED": seed}
     return subprocess.Popen(
-        command, cwd=root, stderr=subprocess.PIPE, text=True, env=os.environ | env
+        command, cwd=root, stderr=subprocess.PIPE, text=True, env=env
     )
 
 
 def copy(root):
-    (root / "notebooks").mkdir()
+    cache = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "notebooks/render", root / "notebooks/render", ignore=cache)
     for name in FILES:
         shutil.copy(ROOT / name, root / name)
     return root
@@ -102,16 +99,20 @@ def test_page_asks_no_host_and_runs_no_script(made):
 
 
 def test_pictures_have_words_and_size(made):
-    images = [attrs for tag, attrs in made[1].tags if tag == "img"]
+    """Each figure is there once, with its words, and no plot waits for its size."""
+    text, page = made
     notebook = nbformat.read(ROOT / "notebooks/annotated_s4d.ipynb", 4)
     drawn = re.findall(r"image/png': '", str(notebook))
-    assert len(images) == len(drawn) > 0
-    for attrs in images:
-        assert attrs["alt"] and int(attrs["width"]) and int(attrs["height"])
-    figures, captions = (
-        sum(tag == name for tag, _ in made[1].tags) for name in ("figure", "figcaption")
+    figures = [attrs["aria-label"] for _, attrs in page.tags if "aria-label" in attrs]
+    assert all(figures)
+    figures, captions, drawings = (
+        sum(tag == name or attrs.get("class") == name for tag, attrs in page.tags)
+        for name in ("figure", "figcaption", "drawing")
     )
-    assert figures == captions == len(images)
+    assert figures == captions == drawings == len(drawn) > 0
+    plots = [attrs["style"] for _, attrs in page.tags if attrs.get("class") == "plot"]
+    assert all(re.match("height|aspect-ratio", style) for style in plots)
+    assert all("alt" in attrs for tag, attrs in page.tags if tag == "img")
 
 
 def test_links_inside_the_page_arrive(made):

@@ -4,8 +4,9 @@ The browser is Debian's `chromium`. Where it is missing the tests are skipped, e
 CI (the variable CI is set), where that is a failure.
 """
 
+import inspect
+import io
 import json
-import keyword
 import os
 import re
 import shutil
@@ -13,15 +14,17 @@ import socket
 import subprocess
 import sys
 import time
-import tokenize
 import urllib.parse
 import urllib.request
-from collections import Counter
 from pathlib import Path
 
 import jupytext
 import numpy as np
 import pytest
+from PIL import Image
+from render import live, static
+from render.article import Article, read_cells, read_figures
+from render.drawing import drawing
 
 import annotated_s4d as s4d
 
@@ -30,7 +33,9 @@ FILE = ROOT / "annotated_s4d.py"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run
     --disable-background-networking --disable-component-update --disable-sync""".split()
-CAPTIONS = {name: s4d.caption(draw) for name, draw in s4d.FIGURES.items()}
+NOTEBOOK = ROOT / "notebooks" / "annotated_s4d.ipynb"
+FIGURES = {figure.name: figure for figure in Article(FILE, NOTEBOOK).figures}
+CAPTIONS = {name: figure.words for name, figure in FIGURES.items()}
 LIVE = [(name, knob) for name, draw in s4d.FIGURES.items() for knob in draw.knobs]
 FINE = {
     ("next_level", "top_p"),
@@ -102,7 +107,9 @@ def ready(tab):
         """(figures) => document.querySelector("[data-testid=stApp]")
              ?.dataset.testScriptState == "notRunning"
            && document.querySelectorAll(".drawing").length >= figures
-           && document.querySelectorAll(".katex").length > 250""",
+           && document.querySelectorAll("math").length > 250
+           && document.querySelector(".complete")
+           && !document.querySelector(".waiting")""",
         arg=len(CAPTIONS) - 1,
         timeout=90_000,
     )
@@ -144,14 +151,18 @@ def outside_requests(tab):
 
 
 def formulas_refused(tab):
-    return tab.locator(".katex-error").all_inner_texts()
-
-
-def formulas_in_red(tab):
-    """KaTeX prints a command that it does not know in red, and says nothing."""
+    """Formulas that the browser was not given, or did not understand."""
     return tab.evaluate(
-        """[...document.querySelectorAll(".katex [style*=color]")]
-           .filter(e => e.style.color == "rgb(204, 0, 0)").map(e => e.textContent)"""
+        """[...document.querySelectorAll("[data-math], math merror, math *")]
+           .filter(e => !(e instanceof MathMLElement) || e.matches("merror"))
+           .map(e => e.outerHTML)"""
+    )
+
+
+def formulas_without_size(tab):
+    return tab.evaluate(
+        """[...document.querySelectorAll("math")]
+           .filter(e => !(e.getBoundingClientRect().width > 1)).map(e => e.outerHTML)"""
     )
 
 
@@ -173,12 +184,14 @@ def broken_anchors(tab):
 
 
 def figures_missing(tab):
-    """Figures that are not there, or whose alternative text is not their caption."""
+    """Figures that are not there, or whose alternative text is not their caption and,
+    where knobs were turned, their values."""
     there = tab.locator(".drawing, .explorer").evaluate_all(
         """all => all.filter(e => e.offsetHeight > 100)
                      .map(e => e.getAttribute("aria-label"))"""
     )
-    return [name for name, text in CAPTIONS.items() if text not in there]
+    bare = [re.sub(r" \(\w+ = [^()]*\)$", "", text) for text in there]
+    return [name for name, text in CAPTIONS.items() if text not in bare]
 
 
 def images_without_text(tab):
@@ -195,35 +208,48 @@ def sideways(tab):
     )
 
 
-def pale_texts(tab):
-    """Texts whose contrast with the background is under 3."""
-    return tab.evaluate(
-        """() => {
-          const canvas = new OffscreenCanvas(1, 1).getContext("2d");
-          const rgb = (color, under) => {
-            canvas.fillStyle = under; canvas.fillRect(0, 0, 1, 1);
-            canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
-            return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
-          };
-          const light = (c) => c.map(v => v / 255).map(v =>
-            v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-            .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-          const paper = getComputedStyle(document.querySelector(".stApp"))
-            .backgroundColor;
-          const texts = document.querySelectorAll(
-            ".stMarkdown p, .code code, .panel .title, .panel .x span, nav a");
-          const pale = (e, part) => {
-            const a = light(rgb(getComputedStyle(e, part).color, paper));
-            const b = light(rgb(paper, paper));
-            return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) < 3;
-          };
-          const code = document.querySelector(".code code");
-          const kinds = [...CSS.highlights.keys()].filter(
-            (kind) => pale(code, `::highlight(${kind})`));
-          return [...texts].filter(e => e.textContent.trim()).filter(e => pale(e))
-            .map(e => e.textContent).concat(kinds).slice(0, 5);
-        }"""
+def luminance(color):
+    channels = np.array(color[:3]) / 255
+    channels = np.where(
+        channels <= 0.03928, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4
     )
+    return channels @ [0.2126, 0.7152, 0.0722]
+
+
+def contrast(tab, kind):
+    """The contrast of a text with what is behind it, by its pixels; None if unseen."""
+    clip = tab.evaluate(
+        """async (kind) => {
+          const seen = [...document.querySelectorAll(kind)].find(
+            (e) => e.textContent.trim() && e.checkVisibility({ opacityProperty: 1 }));
+          seen?.scrollIntoView({ block: "center", behavior: "instant" });
+          await new Promise(requestAnimationFrame);
+          const { x, y, width, height } = seen?.getBoundingClientRect() ?? { x: -1 };
+          const clip = { x, y, height, width: Math.min(width, innerWidth - x) };
+          return x >= 0 && y >= 0 && y + height < innerHeight ? clip : null;
+        }""",
+        kind,
+    )
+    if not clip:
+        return None
+    pixels = Image.open(io.BytesIO(tab.screenshot(clip=clip))).convert("RGB")
+    counts = pixels.getcolors(10**6)
+    values = [luminance(color) for _, color in counts] + [luminance(max(counts)[1])]
+    above, below = max(values) + 0.05, min(values) + 0.05
+    paper = values[-1] + 0.05
+    return max(above / paper, paper / below)
+
+
+TEXTS = """.article p|.code .k|.code .nf|.code .c1|.code .sd|.code .mi|.code .s2
+    |figcaption|.panel .title span|.panel .x:not(.shared) span|.panel .label
+    |nav .h3 a|nav a.here|.stSlider [data-testid=stSliderThumbValue]"""
+
+
+def pale_texts(tab):
+    """Kinds of text whose contrast is under that of WCAG's level AA."""
+    contrasts = {kind: contrast(tab, kind) for kind in map(str.strip, TEXTS.split("|"))}
+    assert sum(value is not None for value in contrasts.values()) > 8
+    return [kind for kind, value in contrasts.items() if value and value < 4.5]
 
 
 CHECKS = [
@@ -231,7 +257,7 @@ CHECKS = [
     console_errors,
     outside_requests,
     formulas_refused,
-    formulas_in_red,
+    formulas_without_size,
     stray_dollars,
     broken_anchors,
     figures_missing,
@@ -264,7 +290,7 @@ def test_dark_is_dark(phone, desk):
 
 
 def figure_html(tab, name):
-    return tab.get_by_role("img", name=CAPTIONS[name], exact=True).inner_html()
+    return tab.locator(f"#{name} .drawing").inner_html()
 
 
 AT_REST = """document.querySelector("[data-testid=stApp]")
@@ -281,12 +307,11 @@ def move(tab, name, knob):
     for _ in range(12 if (name, knob) in FINE else 1):
         tab.keyboard.press("ArrowLeft" if now > (low + high) / 2 else "ArrowRight")
     tab.wait_for_function(
-        """([alt, old]) => {
-          const all = [...document.querySelectorAll(".drawing")];
-          const one = all.find(e => e.getAttribute("aria-label") == alt);
-          return one && one.innerHTML != old;
+        """([name, old]) => {
+          const one = document.querySelector(`#${name} .drawing`);
+          return one && one.innerHTML != old && !one.closest(".before");
         }""",
-        arg=[CAPTIONS[name], before],
+        arg=[name, before],
         timeout=30_000,
     )
 
@@ -328,7 +353,8 @@ def test_a_view_can_be_sent(sent):
             "wraparound": {"steps": 60},
         }.items():
             draw = s4d.FIGURES[name]
-            wanted = s4d.drawing(draw(**values), s4d.caption(draw))
+            ghost = draw() if values else None
+            wanted = drawing(draw(**values), "words", ghost)
             wanted = re.findall(r'src="([^"]*)"', wanted)
             shown = re.findall(r'src="([^"]*)"', figure_html(tab, name))
             assert shown == wanted, name
@@ -370,12 +396,29 @@ def test_contents_lead_to_their_sections(desk):
         for title in re.findall(r"^##+ (.*)", cell.source, re.M)
     ]
     assert desk.locator("nav a").all_inner_texts() == headings
-    link = desk.locator("nav a", has_text="Part 9: The block")
-    link.click()
-    heading = desk.locator("h2", has_text="Part 9: The block")
-    desk.wait_for_timeout(800)
-    assert 0 <= heading.bounding_box()["y"] < 400
-    assert "here" in link.get_attribute("class")
+    for title in ("Part 9: The block", "Part 2: Hold the input", "References"):
+        link = desk.locator("nav a", has_text=title)
+        link.click()
+        desk.wait_for_timeout(800)
+        heading = desk.locator(f"#{link.get_attribute('href')[1:]}")
+        assert 0 <= heading.bounding_box()["y"] < 150, title
+        assert "here" in link.get_attribute("class") or title == "References"
+        box = link.bounding_box()
+        assert 0 < box["y"] < 900  # the mark itself is in view
+
+
+def test_an_address_with_an_anchor_lands(browser, address):
+    """On a reload too, and where a view that was sent names a figure."""
+    size = {"width": 1280, "height": 900}
+    for query, place in (
+        ("#part-11-training", "#part-11-training"),
+        ("?kernel_and_spectrum.init=lin", "#kernel_and_spectrum"),
+    ):
+        tab = visit(browser, address, query, viewport=size)
+        tab.wait_for_timeout(1500)
+        box = tab.locator(place).bounding_box()
+        assert 0 <= box["y"] < 250, (query, box)
+        tab.context.close()
 
 
 def test_code_folds_and_copies(desk):
@@ -388,45 +431,27 @@ def test_code_folds_and_copies(desk):
     switch = desk.locator(".st-key-code label")
     switch.click()
     desk.wait_for_function("!document.querySelector('.code[open]')")
+    assert desk.locator(".code summary[tabindex]").count() == 0  # now they are seen
     assert desk.locator(".printed").count() > 20  # the numbers stay
     switch.click()
     desk.wait_for_function("document.querySelectorAll('.code[open]').length > 50")
 
 
 def test_code_is_coloured(desk):
-    """The words of each kind, against Python's own tokens."""
-    marked = desk.evaluate(
-        """() => Object.fromEntries([...CSS.highlights].map(([kind, ranges]) =>
-          [kind, [...ranges].filter(r => r.startContainer.isConnected).map(r =>
-            r.startContainer.data.slice(r.startOffset, r.endOffset))]))"""
+    """The same words of each kind as in the HTML of the article."""
+    shown = desk.evaluate(
+        """() => Object.fromEntries(["k", "nf", "c1", "s2", "mi"].map(kind =>
+          [kind, document.querySelectorAll(`.code .${kind}`).length]))"""
     )
-    tokens = {kind: [] for kind in marked}
-    for cell in jupytext.read(FILE).cells:
-        if cell.cell_type == "code":
-            before = None
-            lines = iter((cell.source + "\n").splitlines(True))
-            for token in tokenize.generate_tokens(lambda lines=lines: next(lines, "")):
-                kind, word = token.type, token.string
-                if kind == tokenize.COMMENT or word.lstrip("r").startswith('"""'):
-                    tokens["remark"].append(word.lstrip("r"))
-                elif kind == tokenize.STRING:
-                    tokens["text"].append(word)
-                elif kind == tokenize.NUMBER:
-                    tokens["number"].append(word)
-                elif keyword.iskeyword(word):
-                    tokens["keyword"].append(word)
-                elif before in ("def", "class"):
-                    tokens["name"].append(word)
-                before = word
-    tokens["name"] += [w for w in marked["name"] if w.startswith("@")]
-    for kind, words in tokens.items():  # in f-strings later versions see more tokens
-        ours, theirs = (
-            Counter(w for w in part if not w.startswith(("f'", 'f"')))
-            for part in (marked[kind], words)
-        )
-        odd = (ours - theirs) + (theirs - ours)
-        assert len(words) > 100
-        assert sum(odd.values()) < 0.05 * len(words), (kind, odd.most_common(9))
+    article = Article(FILE, NOTEBOOK)
+    html = "".join(i for p in article.parts for i in p.items if isinstance(i, str))
+    for kind, count in shown.items():
+        assert count == html.count(f'<span class="{kind}">') > 100, kind
+    colours = {
+        desk.locator(f".code .{kind}").first.evaluate("e => getComputedStyle(e).color")
+        for kind in shown
+    }
+    assert len(colours) == len(shown)
 
 
 def test_on_paper_there_is_no_sidebar(desk):
@@ -445,6 +470,18 @@ def test_every_word_is_on_the_page(desk):
             assert re.sub(r"\s", "", cell.source) in squeezed, cell.source[:60]
     assert "twisted FFT = loop" in text
     assert "test accuracy" in text
+
+
+def test_result_on_the_first_screen_and_the_spring_by_the_third(browser):
+    """The page in one file, as a reader with a laptop meets it."""
+    tab = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+    tab.set_content(static.page(Article(FILE, NOTEBOOK)))
+    picture = tab.locator("#hero .drawing").bounding_box()
+    assert picture["height"] > 200 and picture["y"] + picture["height"] < 900
+    part = tab.locator("#part-1-a-continuous-system").bounding_box()
+    assert 900 < part["y"] < 2700
+    assert tab.evaluate("document.documentElement.scrollWidth") == 1280
+    tab.context.close()
 
 
 # -- the explorer ---------------------------------------------------------------------
@@ -495,6 +532,30 @@ def test_explorer_starts_from_the_address(sent):
     assert sideways(sent) == []
 
 
+def test_explorer_shows_true_values(desk):
+    """Far below a peak, too: a value inside the plot stands where it belongs."""
+    poles = [[-0.001, 10, 2, 0], [-4, 2, 0.1, 0]]
+    desk.locator(".explorer").evaluate(
+        """(e, poles) => { e.poles = poles; e.chosen = 0; e.observer.disconnect();
+           e.observer.observe(e.querySelector(".plane")); }""",
+        poles,
+    )
+    desk.wait_for_timeout(300)
+    seen = desk.locator(".explorer").evaluate("e => e.response")
+    A, C = (np.array([complex(*pole[i : i + 2]) for pole in poles]) for i in (0, 2))
+    w = 1j * np.array(seen["w"])[:, None]
+    G = np.abs((C / (w - A) + C.conj() / (w - A.conj())).sum(1))
+    height = np.array(seen["height"])
+    inside = (height >= seen["bottom"]) & (height <= seen["top"])
+    assert inside.mean() > 0.9 and not inside.all()
+    assert np.allclose(height[inside], np.log10(G[inside]), atol=1e-3)
+    assert (np.log10(G[height > seen["top"]]) > seen["top"]).all()
+    desk.locator(".explorer .presets button", has_text="the spring").click()
+    (pole,) = explorer(desk, "poles")  # its weight is imaginary, and not 0
+    shown = desk.locator(".explorer .value").inner_text().replace("\N{MINUS SIGN}", "-")
+    assert abs(float(shown)) == pytest.approx(np.hypot(*pole[2:]), abs=0.006) != 0
+
+
 # -- the checks themselves ------------------------------------------------------------
 
 
@@ -507,17 +568,15 @@ FAULTS = {  # what to plant into the page, so that a check must find it
     exceptions: planted("<div data-testid=stException>oh</div>"),
     console_errors: "console.error('oh')",
     outside_requests: "fetch('http://192.0.2.1/x').catch(() => 0); 0",
-    formulas_refused: planted("<span class=katex-error>oh</span>"),
-    formulas_in_red: planted(
-        "<span class=katex><span style='color: rgb(204, 0, 0)'>oh</span></span>"
-    ),
+    formulas_refused: planted("<math><merror>oh</merror></math>"),
+    formulas_without_size: planted("<math></math>"),
     stray_dollars: planted("<p>costs $x</p>"),
     broken_anchors: planted("<a href=#nowhere>oh</a>"),
     figures_missing: "document.querySelector('.drawing').remove()",
     images_without_text: planted("<img src=data:,>"),
     sideways: "document.querySelector('.stMain').insertAdjacentHTML("
     "'beforeend', '<div style=\"width: 3000px\">oh</div>')",
-    pale_texts: "document.querySelector('.stMarkdown p').style.color = '#eeeeee'",
+    pale_texts: "document.querySelector('.article p').style.color = '#999999'",
 }
 
 
@@ -534,60 +593,68 @@ def test_every_check_can_fail(sent):
 # -- training -------------------------------------------------------------------------
 
 
-def page_namespace():
-    """The page's cells, run by themselves, as the page does."""
-    namespace = {"re": re, "sys": sys, "Path": Path, "__file__": str(FILE)}
-    for cell in re.finditer(s4d.PAGE_CELLS, FILE.read_text(encoding="utf-8")):
-        exec(cell[1], namespace)
-    return namespace
-
-
 class Rehearsal:
-    """An article whose training takes three epochs and no time."""
+    """An article with a figure whose work takes three epochs and no time."""
 
-    drawing = staticmethod(s4d.drawing)
-    loss_curve = staticmethod(s4d.loss_curve)
+    drawing = staticmethod(drawing)
 
     def __init__(self):
-        self.gate, self.history = __import__("threading").Semaphore(0), []
+        self.gate, self.FIGURES = __import__("threading").Semaphore(0), {"learn": self}
 
     def article(self):
         return self
 
-    def train_digits(self, watch):
+    def work(self, watch):
+        history = []
         for step in (1, 2, 3):
             assert self.gate.acquire(timeout=10)
-            self.history.append((step, 1 / step, 2 / step, 0.5))
-            watch(self.history)
-        return "model", self.history, "test"
-
-    def train(self, epochs=40):
-        """Asked for its default only."""
-
-    def evaluate(self, model, data):
-        assert (model, data) == ("model", "test")
-        return 0.1, 0.987
+            history.append((step, 1 / step, 2 / step, 0.5))
+            watch(step, 3, lambda: s4d.loss_curve(history))
+        return "Test accuracy 98.70%."
 
 
 def test_training_is_shared_seen_and_stopped():
-    page = page_namespace()
     studio = Rehearsal()
-    training = page["Training"](studio)
-    training.begin()
+    training = live.Training(studio)
+    training.begin("learn", "ann")
     thread = training.thread
-    training.begin()  # a second visitor presses the button: nothing new begins
+    training.begin("learn", "bob")  # he presses the button: nothing new begins
     assert training.thread is thread and training.busy()
     studio.gate.release()
-    wait_until(lambda: len(training.history) == 1)
+    wait_until(lambda: training.done == 1)
     assert training.curve().count("%3Cpath ") == 2
+    training.stop("bob")  # what another has begun
     studio.gate.release(2)
     thread.join(10)
-    assert re.fullmatch(r"Test accuracy 98.70% after \d+ seconds.", training.outcome)
-    training.begin()
-    training.stopped = True
+    assert training.outcome == "Test accuracy 98.70%."
+    studio.work, work = (lambda watch: 1 / 0), studio.work
+    training.begin("learn", "ann")
+    training.thread.join(10)
+    assert training.outcome == "It failed: division by zero"
+    studio.work = work
+    training.begin("learn", "ann")
+    training.stop("ann")
     studio.gate.release()
     training.thread.join(10)
     assert training.outcome == "Stopped." and not training.busy()
+
+
+def test_work_of_the_article_can_be_watched(monkeypatch):
+    """What the button starts: each epoch is heard of, and the end is a sentence."""
+    history = [(1, 1.0, 2.0, 0.5), (2, 0.5, 1.0, 0.75)]
+
+    def train_digits(watch):
+        watch(history[:1])
+        watch(history)
+        return "model", history, "test"
+
+    monkeypatch.setattr(s4d, "train_digits", train_digits)
+    monkeypatch.setattr(s4d, "evaluate", lambda model, test: (0.1, 0.987))
+    heard = []
+    outcome = s4d.FIGURES["learning_curve"].work(lambda *seen: heard.append(seen))
+    assert [(done, total) for done, total, _ in heard] == [(1, 40), (2, 40)]
+    assert len(heard[0][2]().axes[0].lines[0].get_xdata()) == 1
+    assert re.fullmatch(r"Test accuracy 98.70% after \d+ seconds.", outcome)
 
 
 def test_trained_model_is_the_recorded_one():
@@ -625,7 +692,7 @@ def test_parameters_of_another_model_are_refused(tmp_path):
 
 
 def test_cells_are_read_as_jupytext_reads_them():
-    ours = list(page_namespace()["read_cells"](FILE.read_text(encoding="utf-8")))
+    ours = list(read_cells(FILE.read_text(encoding="utf-8")))
     theirs = jupytext.read(FILE).cells
     kinds = {"prose": "markdown", "code": "code"}
     assert [(kinds[kind], source) for kind, _, source in ours] == [
@@ -634,29 +701,36 @@ def test_cells_are_read_as_jupytext_reads_them():
 
 
 def test_figures_are_read_without_running_them():
-    page = page_namespace()
     read = {}
-    for kind, _, source in page["read_cells"](FILE.read_text(encoding="utf-8")):
+    for kind, _, source in read_cells(FILE.read_text(encoding="utf-8")):
         if kind == "code":
-            read |= {figure[0]: figure[1:] for figure in page["read_figures"](source)}
+            read |= {figure.name: figure for figure in read_figures(source)}
     assert set(read) == set(s4d.FIGURES)
-    for name, (caption, knobs, _) in read.items():
-        assert (caption, knobs) == (CAPTIONS[name], s4d.FIGURES[name].knobs)
+    for name, figure in read.items():
+        draw = s4d.FIGURES[name]
+        assert (figure.caption, figure.knobs) == (
+            " ".join(inspect.getdoc(draw).split()),
+            draw.knobs,
+        )
 
 
 def test_an_old_notebook_is_not_believed(tmp_path):
-    """Outputs are shown only if every cell that made them is the same."""
-    page = page_namespace()
-    parts, _ = page["read_page"](FILE, ROOT / "notebooks" / "annotated_s4d.ipynb")
-    items = [item for _, items in parts for item in items]
-    assert sum(bool(item.get("drawn")) for item in items) == len(s4d.FIGURES)
-    changed = json.loads((ROOT / "notebooks" / "annotated_s4d.ipynb").read_text())
-    cell = next(c for c in changed["cells"] if "DT, STEPS" in "".join(c["source"]))
-    cell["source"] = "".join(cell["source"]).replace("200", "201")
-    (tmp_path / "old.ipynb").write_text(json.dumps(changed))
-    parts, _ = page["read_page"](FILE, tmp_path / "old.ipynb")
-    items = [item for _, items in parts for item in items]
-    assert not any(item.get("drawn") or item.get("printed") for item in items)
+    """Outputs are shown only if all code that they come from is the same."""
+
+    def shown(article):
+        pairs = list(zip(article.sources, article.outputs))
+        drawn = {f.name for source, o in pairs if o.drawn for f in read_figures(source)}
+        return drawn, sum(bool(outputs.printed) for _, outputs in pairs)
+
+    drawn, printed = shown(Article(FILE, NOTEBOOK))
+    assert drawn == set(s4d.FIGURES) and printed > 20
+    text = FILE.read_text(encoding="utf-8").replace(
+        "STEPS = 0.04, 200", "STEPS = 0.04, 201"
+    )
+    (tmp_path / "changed.py").write_text(text, encoding="utf-8")
+    fewer, lines = shown(Article(tmp_path / "changed.py", NOTEBOOK))
+    assert fewer < drawn and lines < printed and "oscillator_response" not in fewer
+    assert shown(Article(FILE, tmp_path / "none.ipynb")) == (set(), 0)
 
 
 ODD_NAMES = """
@@ -667,20 +741,23 @@ ODD_NAMES = """
 @pytest.mark.parametrize("name", [name.strip() for name in ODD_NAMES.split("|")])
 def test_the_page_imports_its_file_whatever_it_is_called(tmp_path, name):
     file = tmp_path / f"{name}.py"
-    file.write_text("LOOK, set_allocator = {}, lambda *settings: lambda pad: None")
-    module = page_namespace()["Studio"](file).article()
+    file.write_text("FIGURES = {}")
+    module = live.Studio(file).article()
     assert module.__file__ == str(file) and sys.modules["json"] is json
 
 
-def test_the_file_alone_makes_a_page(tmp_path, browser):
-    """In an empty folder, by any name: words at once, figures drawn on the spot."""
+def test_an_article_by_any_name_makes_a_page(tmp_path, browser):
+    """Without a notebook: words at once, figures drawn on the spot."""
     name = "annotated s4d (1).v2.py"
     shutil.copy(FILE, tmp_path / name)
+    cache = shutil.ignore_patterns("__pycache__")
+    folder = tmp_path / "notebooks" / "render"
+    shutil.copytree(ROOT / "notebooks" / "render", folder, ignore=cache)
     server, address = serve(tmp_path, name)
     try:
         tab = browser.new_page()
         tab.goto(address)
-        tab.locator(".drawing").first.wait_for(timeout=90_000)
+        tab.locator("#oscillator_response .drawing").wait_for(timeout=90_000)
         assert exceptions(tab) == []
         assert tab.locator("nav a").count() > 30
         tab.close()
@@ -690,13 +767,25 @@ def test_the_file_alone_makes_a_page(tmp_path, browser):
     assert not (tmp_path / "assets").exists()
 
 
+def test_the_file_alone_says_that_the_page_needs_more(tmp_path):
+    """By any name, in one sentence, and nothing is computed."""
+    from streamlit.testing.v1 import AppTest
+
+    shutil.copy(FILE, tmp_path / "it's 1.v2.py")
+    app = AppTest.from_file(str(tmp_path / "it's 1.v2.py"), default_timeout=60).run()
+    assert [e.value for e in app.error] == ["The page needs the whole repository."]
+    assert not app.exception and len(app.main) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["it's 1.v2.py"]
+
+
 def test_app_has_no_exception():
     """As Streamlit's own test runner sees it: widgets, words, the button to train."""
     from streamlit.testing.v1 import AppTest
 
     app = AppTest.from_file(str(FILE), default_timeout=60).run()
-    assert not app.exception and not app.warning
-    assert app.markdown[0].value.startswith("# The Annotated S4D")
+    assert not app.exception and not app.error
+    blocks = [block.proto.body for block in app.get("html")]
+    assert any('<h1 id="the-annotated-s4d">The Annotated S4D' in b for b in blocks)
     assert app.button(key="train").label == "train here, now"
     assert app.toggle(key="code").value is True
     knobs = {widget.key for widget in [*app.slider, *app.select_slider]}

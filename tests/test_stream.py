@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from oracle import error
+from render.drawing import drawing
 
 import annotated_s4d as s4d
 
@@ -267,7 +268,7 @@ def test_refusals_of_chunks():
 def test_the_picture_needs_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(s4d, "__file__", str(tmp_path / "annotated_s4d.py"))
     with matplotlib.rc_context(s4d.LOOK):
-        assert "no lengths.json here" in s4d.drawing(s4d.time_and_memory(), "caption")
+        assert "no lengths.json here" in drawing(s4d.time_and_memory(), "caption")
         points = [
             dict(L=2**10, seconds=1, megabytes=2),
             dict(L=2**20, left_out="large"),

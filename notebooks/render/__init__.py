@@ -1,0 +1,1 @@
+"""What makes notebooks and pages of an article: it knows cells and figures."""
