@@ -267,8 +267,8 @@ def show(draw, promise=False):
 
 
 def caption(draw):
-    """The docstring of a figure, on one line."""
-    return " ".join(inspect.getdoc(draw).split())
+    """The docstring of a figure, on one line; its name where Python keeps none."""
+    return " ".join((inspect.getdoc(draw) or draw.__name__).split())
 
 
 def display(draw, promise):
@@ -298,10 +298,11 @@ def require(condition, given, allowed):
 
 
 def require_count(name, value, multiple=1):
-    """Refuse a size that is not a positive multiple."""
+    """Refuse a size that is not a positive multiple; return it as an int."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     fits = whole and value > 0 and value % multiple == 0
     require(fits, f"{name} is {value!r}", f"positive multiples of {multiple}")
+    return int(value)
 
 
 def require_choice(name, value, choices):
@@ -1295,7 +1296,7 @@ def s4d_kernel(A, B, C, dt, L, method="zoh"):
     A, B, C (..., N/2) complex, dt (...), L >= 1. Raises ValueError for another L or an
     unknown method. S4D paper, section 3.2; the tables are ours.
     """
-    require_count("L", L)
+    L = require_count("L", L)
     A, B, C, dt = map(jnp.asarray, (A, B, C, dt))
     _, B_bar = s4d_discretize(A, B, dt, method)
     return mode_sum(C * B_bar, A, dt, L, method)
@@ -2098,8 +2099,8 @@ class DiagonalSSM(nnx.Module):
 
     def __init__(self, d_model, d_state=64, *, init="legs", discretization="zoh",
                  dt_min=0.001, dt_max=0.1, rngs):
-        require_count("d_model", d_model)
-        require_count("d_state", d_state, multiple=2)
+        d_model = require_count("d_model", d_model)
+        d_state = require_count("d_state", d_state, multiple=2)
         require_choice("discretization", discretization, METHODS)
         fits = 0 < dt_min <= dt_max < math.inf
         require(fits, f"dt_min is {dt_min}, dt_max {dt_max}", "0 < dt_min <= dt_max")
@@ -4881,6 +4882,7 @@ class StoredSSM(S4D):
         n_ssm = H if n_ssm is None else n_ssm
         check_general(H, n_ssm, dt_transform, real_transform, imag_transform, is_real,
                       deterministic, init, rate, dt_tie=dt_tie)
+        d_state = require_count("d_state", d_state)
         modes = 2 * d_state if is_real else d_state
         super().__init__(n_ssm, modes, init=init, dt_min=dt_min, dt_max=dt_max,
                          final_act=None, rngs=rngs, **options)
@@ -5050,7 +5052,8 @@ class Surrounded(GeneralSSM):
     def leave(self, y, v, u, lengths):
         """Mix y (batch, channels, H / bottleneck, L), the systems' output."""
         D = precise(self.D).reshape(self.channels, -1, 1)
-        y = (y + D * v[:, None]).reshape(y.shape[0], -1, y.shape[-1])
+        y = y + D * v[:, None]
+        y = y.reshape(y.shape[0], self.D.size, y.shape[-1])
         y = masked(self.mixer(y.swapaxes(1, 2), u), lengths)
         return y.swapaxes(1, 2) if self.transposed else y
 
@@ -5281,8 +5284,8 @@ if RUN:
 # caller has. JAX can switch precision in the middle of a function, but it takes the
 # gradient later, when the switch is off again. `in_double` therefore says itself how
 # the gradient is to be computed: it is one more function that works in double
-# precision, and so has a gradient, too. (Forward derivatives, `jax.jvp`, are thereby
-# refused.)
+# precision, and so has a gradient, too. `jax.vmap`, which also takes a function apart
+# later, is told the same. (Forward derivatives, `jax.jvp`, are thereby refused.)
 
 # %%
 def in_double(f):
@@ -5291,15 +5294,22 @@ def in_double(f):
     Arguments and results have the precision of JAX; so has the gradient (reverse mode).
     """
 
-    def cast(values, real):
-        kinds = {"c": jnp.result_type(real, 1j)}
-        return jax.tree.map(lambda v: v.astype(kinds.get(v.dtype.kind, real)), values)
+    def cast(values, real, pair):
+        return jax.tree.map(
+            lambda v: jnp.asarray(v, pair if jnp.iscomplexobj(v) else real), values)
 
+    @jax.custom_batching.custom_vmap
     @broadcasting
     def inside(*args):
-        real = jnp.result_type(float)
+        single = jnp.result_type(float), jnp.result_type(complex)
         with jax.enable_x64(True):
-            return cast(f(*cast(args, jnp.float64)), real)
+            return cast(f(*cast(args, jnp.float64, jnp.complex128)), *single)
+
+    @inside.def_vmap
+    def many(_, mapped, *args):
+        axes = jax.tree.map(lambda own: 0 if own else None, tuple(mapped))
+        y = in_double(jax.vmap(f, axes))(*args)
+        return y, jax.tree.map(lambda _: True, y)
 
     def forward(*args):
         return g(*args), args
@@ -5309,7 +5319,7 @@ def in_double(f):
 
     g = jax.custom_vjp(inside)
     g.defvjp(forward, backward)
-    return lambda *args: g(*cast([*map(jnp.asarray, args)], jnp.result_type(float)))
+    return lambda *args: g(*cast(args, float, complex))
 
 
 # %% [markdown]
@@ -5351,7 +5361,7 @@ def dss_kernel(A, W, dt, L):
     A, W (..., N/2) complex, A not zero, dt (...), L >= 1. Raises ValueError for another
     L. DSS paper, proposition 1(b).
     """
-    require_count("L", L)
+    L = require_count("L", L)
     A, W, dt = map(jnp.asarray, (A, W, dt))
     grows = A.real > 0
     fading, B = jnp.where(grows, -A, A), jnp.ones_like(A)
@@ -5589,7 +5599,7 @@ def s4_kernel(A, P, B, C, dt, L):
     A (Lambda), P, B, C (..., N/2), one of each conjugate pair, dt (...), L >= 1.
     Raises ValueError for another L. S4 paper, appendix C.3.
     """
-    require_count("L", L)
+    L = require_count("L", L)
     return in_double(functools.partial(dplr_kernel, L=L))(A, P, B, C, dt)
 
 
@@ -6006,7 +6016,7 @@ def explorer_data():
 import ast
 import gc
 import html  # noqa: F811
-import importlib
+import importlib.util
 import inspect  # noqa: F811
 import json  # noqa: F811
 import math
@@ -6146,11 +6156,13 @@ class Studio:
         self.importing, self.asking = threading.Lock(), threading.Lock()
 
     def article(self):
-        """This file as a module, imported once."""
+        """This file as a module, imported once, whatever the file is called."""
         with self.importing:
             if self.module is None:
-                sys.modules.pop(self.file.stem, None)
-                self.module = importlib.import_module(self.file.stem)
+                spec = importlib.util.spec_from_file_location("article", self.file)
+                module = sys.modules["article"] = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+                self.module = module
                 sys.modules["matplotlib"].rcParams.update(self.module.LOOK)
                 # Each drawing has a thread, and glibc would give many of them an arena
                 # of memory of their own: M_ARENA_MAX is 1.
@@ -6240,7 +6252,9 @@ class Training:
 #
 # A knob is a list of choices or a range, and becomes a slider of Streamlit. Its value
 # stands in the page's address, so that a view can be sent to someone. An address that
-# asks for what no knob can give gets the default, and a notice.
+# asks for what no knob can give gets the default, and a notice. An address may come from
+# anybody. So what it asks for is shown as code, 40 characters of it, and never read as
+# Markdown, in which it could hold a picture and make the browser ask a foreign host.
 
 # %% tags=["page"]
 def knob(key, label, span, default):
@@ -6264,15 +6278,20 @@ def fits(text, span):
         return False
 
 
+def quoted(text):
+    """A text that somebody else wrote, as HTML: its beginning, as code."""
+    return f"<code>{html.escape(text[:40])}</code>" + "…" * (len(text) > 40)
+
+
 def mend_address(figures):
-    """Put defaults for what the address asks in vain. Returns a sentence for each."""
+    """Put defaults for what the address asks in vain. Returns notices as HTML."""
     notices, asked = [], st.query_params.to_dict()
     poles = asked.get("explorer.poles")
     if poles and not read_poles(poles):
         del st.query_params["explorer.poles"]
         notices.append(
-            "The address asks for poles that the explorer cannot show; allowed: up to "
-            "8 rows Re A, Im A, Re C, Im C with Re A in -4 to 0, Im A in 0 to 20."
+            f"The address asks for poles {quoted(poles)}; allowed: up to 8 rows Re A, "
+            "Im A, Re C, Im C, with Re A in -4 to 0, Im A in 0 to 20, C in -2 to 2."
         )
     for name, _, knobs, default in figures:
         for k, span in knobs.items():
@@ -6284,8 +6303,8 @@ def mend_address(figures):
                 if isinstance(span, list):
                     choices = ", ".join(map(str, span))
                 notices.append(
-                    f"The address asks for {k} = {asked[key]} in the figure {name}; "
-                    f"allowed: {choices}. It shows {default[k]}."
+                    f"The address asks for {k} = {quoted(asked[key])} in the figure "
+                    f"{name}; allowed: {choices}. It shows {default[k]}."
                 )
     return notices
 
@@ -6297,9 +6316,12 @@ def read_poles(text):
         rows = [[float(v) for v in row.split(",")] for row in text.split(";")]
     except ValueError:
         return None
-    fits = [len(r) == 4 and -4 <= r[0] <= 0 <= r[1] <= 20 for r in rows]
-    finite = all(math.isfinite(v) for row in rows for v in row)
-    return rows if all(fits) and finite and len(rows) <= 8 else None
+    limits = (-4, 0), (0, 20), (-2, 2), (-2, 2)
+    fits = [
+        len(row) == 4 and all(low <= v <= high for v, (low, high) in zip(row, limits))
+        for row in rows
+    ]
+    return rows if all(fits) and len(rows) <= 8 else None
 
 
 # %% [markdown]
@@ -6372,7 +6394,7 @@ def follow(training, watching):
         done, all_of = len(training.history), training.epochs
         right.progress(done / all_of, f"{done} of {all_of} epochs, for all to see")
     elif training.outcome:
-        right.markdown(training.outcome)
+        right.text(training.outcome)
     if training.history:
         st.html(training.curve())
 
@@ -6413,7 +6435,7 @@ def page():
         figures = [f for item in shown for f in item.get("figures", ())]
         st.session_state.notices = mend_address(figures)
     for notice in st.session_state.notices:
-        st.warning(notice)
+        st.html(f'<p class="notice" role="alert">{notice}</p>')
     places = [st.container(key=f"part-{number}") for number in range(len(parts))]
     for place, (heading, _) in zip(places, parts):
         place.markdown(heading)
@@ -6538,6 +6560,8 @@ figcaption { margin-top: 0.6rem; font-size: 0.875rem; line-height: 1.5; opacity:
 .drawing .label, .panel .x, .panel .y, .panel .ylabel {
   opacity: 0.75; text-align: center; }
 .waiting { padding: 3rem; text-align: center; opacity: 0.7; }
+.notice { border-left: 3px solid #dd6b20; padding: 0.5rem 0.8rem; margin: 0; }
+.notice code { unicode-bidi: isolate; overflow-wrap: anywhere; }
 @media (max-width: 640px) {
   .drawing .row { grid-template-columns: repeat(var(--narrow), minmax(0, 1fr)); }
   .panel .plot[style^=aspect] { width: 100%; max-width: 14rem; margin: auto; }

@@ -26,13 +26,25 @@ sys.path.insert(0, str(ROOT))
 
 from annotated_s4d import DATA, RECORDED, edition  # noqa: E402
 
+# What other tools ask of a notebook's language. A kernel adds its exact version, which
+# would make two builds differ.
+LANGUAGE = {
+    "name": "python",
+    "file_extension": ".py",
+    "mimetype": "text/x-python",
+    "pygments_lexer": "ipython3",
+    "nbconvert_exporter": "python",
+    "codemirror_mode": {"name": "ipython", "version": 3},
+}
+
 
 def fresh_notebook():
     """The article as a notebook without outputs, its cells numbered."""
     notebook = jupytext.read(ROOT / "annotated_s4d.py")
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
-    notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"]}
+    kernel = notebook.metadata["kernelspec"]
+    notebook.metadata = {"kernelspec": kernel, "language_info": LANGUAGE}
     return notebook
 
 
@@ -137,7 +149,7 @@ def save_assets(notebook):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Bring the notebook up to date.")
     parser.add_argument("--execute", action="store_true", help="execute in any case")
     force, notebook = parser.parse_args().execute, fresh_notebook()
     old = (

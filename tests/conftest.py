@@ -45,6 +45,12 @@ def x64(request):
         yield request.param
 
 
+def pytest_configure(config):
+    """With `--dist loadfile`, start the files as they are named, not the one with the
+    most tests first: those that take longest have few, and would begin last."""
+    config.option.loadscopereorder = False
+
+
 def pytest_sessionfinish():
     """Let the page's threads end, or not begin: they may be importing JAX just now."""
     for thread in threading.enumerate():

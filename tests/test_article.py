@@ -20,6 +20,10 @@ from PIL import Image
 import annotated_s4d as s4d
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "notebooks"))
+
+import build  # noqa: E402
+
 TEXT = (ROOT / "annotated_s4d.py").read_text(encoding="utf-8")
 ARTICLE = jupytext.reads(TEXT, "py:percent")
 CODE = [cell.source for cell in ARTICLE.cells if cell.cell_type == "code"]
@@ -154,6 +158,15 @@ def test_notebook_is_current():
             assert pictures[0].metadata["image/png"]["alt"]
 
 
+def test_notebook_tells_its_language():
+    """Other tools ask its name and suffix. No exact version: builds are the same."""
+    notebook = nbformat.read(ROOT / "notebooks" / "annotated_s4d.ipynb", 4)
+    assert notebook.metadata == build.fresh_notebook().metadata
+    language = notebook.metadata["language_info"]
+    assert language["name"] == language["nbconvert_exporter"] == "python"
+    assert language["file_extension"] == ".py" and "version" not in language
+
+
 def test_pictures_are_current():
     """Each picture in assets was drawn by this edition of the code."""
     pictures = {path.stem: path for path in (ROOT / "assets").glob("*.png")}
@@ -180,22 +193,30 @@ def test_the_table_of_accuracies_is_the_recorded_one():
 # -- import ---------------------------------------------------------------------------
 
 
+IMPORT = """
+import jax, matplotlib, os, sys
+from jax._src import xla_bridge
+def settings():
+    return dict(matplotlib.rcParams), dict(os.environ)
+before = settings()
+import annotated_s4d
+assert not xla_bridge.backends_are_initialized()
+assert before == settings()
+assert "streamlit" not in sys.modules
+# python -OO strips docstrings, and a caption is one. Of this file alone: it is quicker.
+text = open("annotated_s4d.py", encoding="utf-8").read()
+stripped = {"__name__": "stripped"}
+exec(compile(text, "annotated_s4d.py", "exec", optimize=2), stripped)
+draw = stripped["FIGURES"]["one_mode"]
+assert draw.__doc__ is None and stripped["caption"](draw) == "one_mode"
+"""
+
+
 def test_import_has_no_side_effects(tmp_path):
     """Copied to an empty folder: no output, no file, no computation, no settings."""
     (tmp_path / "annotated_s4d.py").write_text(TEXT, encoding="utf-8")
-    program = (
-        "import matplotlib, jax, os\n"
-        "all = lambda: (dict(matplotlib.rcParams), dict(os.environ))\n"
-        "before = all()\n"
-        "import annotated_s4d\n"
-        "from jax._src import xla_bridge\n"
-        "assert not xla_bridge.backends_are_initialized()\n"
-        "after = all()\n"
-        "assert before == after\n"
-        "assert 'streamlit' not in __import__('sys').modules\n"
-    )
     done = subprocess.run(
-        [sys.executable, "-B", "-c", program],
+        [sys.executable, "-B", "-c", IMPORT],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -228,6 +249,27 @@ def test_cells_are_short():
 def test_code_fits_the_page():
     long = [line for source in CODE for line in source.splitlines() if len(line) > 88]
     assert long == []
+
+
+@pytest.mark.xfail(reason="spread, plain and start are still both", strict=True)
+def test_cells_that_work_bind_no_name_of_a_definition():
+    """So that any of them can be run again. A comprehension's names are its own."""
+    body, kinds = ast.parse(TEXT).body, (ast.FunctionDef, ast.ClassDef)
+    defined = {node.name for node in body if isinstance(node, kinds)} - {"_"}
+    own = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+    def bound(node):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id, node.lineno
+        elif isinstance(node, kinds):
+            yield node.name, node.lineno
+        elif not isinstance(node, own):
+            for child in ast.iter_child_nodes(node):
+                yield from bound(child)
+
+    works = [n for n in body if isinstance(n, ast.If) and ast.unparse(n.test) == "RUN"]
+    again = [(name, line) for n in works for name, line in bound(n) if name in defined]
+    assert works and again == []
 
 
 def test_every_function_says_what_it_does():

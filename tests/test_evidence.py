@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -233,12 +231,13 @@ def test_the_rate_that_is_best_on_validation_is_kept(elsewhere, tiny, monkeypatc
     assert run(0)["lr"] == 0.01 and run(1)["lr"] == 0.01
 
 
-def test_an_unknown_experiment_is_refused():
-    done = subprocess.run(
-        [sys.executable, m.__file__, "delays"], capture_output=True, text=True
-    )
-    assert done.returncode == 2 and "delays" in done.stderr
-    assert "allowed" in done.stderr and "'delay'" in done.stderr
+def test_an_unknown_experiment_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [m.__file__, "delays"])
+    with pytest.raises(SystemExit) as ended:
+        m.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "delays" in said
+    assert "allowed" in said and "'delay'" in said
 
 
 def test_the_record_says_where_it_comes_from_and_is_whole():
@@ -529,21 +528,14 @@ def test_mnist_is_as_the_words_say():
 # -- without the record ---------------------------------------------------------------
 
 
-def test_alone_in_a_folder_it_says_that_nothing_was_measured(tmp_path):
-    shutil.copy(ROOT / "annotated_s4d.py", tmp_path)
+def test_alone_in_a_folder_it_says_that_nothing_was_measured(tmp_path, capsys):
+    """The whole file and then its Part 13 once more, as where nothing else is."""
     code = PART[: PART.rindex("# %% [markdown]")]
-    (tmp_path / "part.py").write_text(
-        "import re, annotated_s4d as s4d\n"
-        "text = open('annotated_s4d.py').read()\n"
-        "part = text[text.index('# ## Part 13'):text.index('# ## Closing')]\n"
-        "s4d.RUN, s4d.__dict__['show'] = True, lambda draw, promise: draw()\n"
-        "exec(compile(part, 'annotated_s4d.py', 'exec'), s4d.__dict__)\n"
-        "print(s4d.evidence())\n",
-        encoding="utf-8",
-    )
-    done = subprocess.run(
-        [sys.executable, "part.py"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    assert "not measured here" in done.stdout and "{}" in done.stdout
+    alone = {"__name__": "alone", "__file__": str(tmp_path / "annotated_s4d.py")}
+    exec(compile(TEXT, "annotated_s4d.py", "exec"), alone)
+    alone |= {"RUN": True, "show": lambda draw, promise: draw()}
+    exec(compile(PART, "annotated_s4d.py", "exec"), alone)
+    said = capsys.readouterr()
+    assert alone["evidence"]() == {} and not said.err
+    assert "not measured here" in said.out
     assert "measured" in code

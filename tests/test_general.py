@@ -21,12 +21,18 @@ def make(H=4, N=4, seed=0, **options):
 
 
 def scramble(layer, seed):
-    """Move every parameter far from where it started, across zero too."""
+    """Move every parameter far from where it started, across zero too.
+
+    The more inputs a linear map has, the smaller its weights, as at the start. Else a
+    gated output is a large number times the sigmoid of another, and the rounding of
+    that other counts a hundred times.
+    """
     rng, state = np.random.default_rng(seed), nnx.state(layer, nnx.Param)
 
     def draw(path, p):
         low, high = {"log_dt": (-3, -1)}.get(path[0].key, (-2, 2))
-        return jnp.asarray(rng.uniform(low, high, p.shape), p.dtype)
+        inputs = p.shape[0] if "kernel" in str(path) else 1
+        return jnp.asarray(rng.uniform(low, high, p.shape) / inputs**0.5, p.dtype)
 
     nnx.update(layer, jax.tree.map_with_path(draw, state))
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import tokenize
+import urllib.parse
 import urllib.request
 from collections import Counter
 from pathlib import Path
@@ -38,14 +39,14 @@ FINE = {
 SLOW = {"cost_against_length"}  # stops the time; its move takes many seconds
 
 
-def serve(folder):
-    """Start the page's server in a folder. Returns the process and its address."""
+def serve(folder, name=FILE.name):
+    """Start the server of a page in a folder. Returns the process and its address."""
     with socket.socket() as s:
         s.bind(("", 0))
         port = s.getsockname()[1]
-    command = f"-m streamlit run annotated_s4d.py --server.port={port}"
+    options = f"--server.port={port}", "--server.headless=true"
     server = subprocess.Popen(
-        [sys.executable, *command.split(), "--server.headless=true"],
+        [sys.executable, "-m", "streamlit", "run", name, *options],
         cwd=folder,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -81,7 +82,7 @@ def browser():
         browser.close()
 
 
-def visit(browser, address, query="", **context):
+def visit(browser, address, query="", wait=True, **context):
     """Open the page in a tab that notes down complaints; wait until all is there."""
     tab = browser.new_context(**context).new_page()
     tab.complaints, tab.outside = [], []
@@ -90,7 +91,8 @@ def visit(browser, address, query="", **context):
     inside = ("data:", "blob:", address, address.replace("http", "ws"))
     tab.on("request", lambda r: r.url.startswith(inside) or tab.outside.append(r.url))
     tab.goto(address + "/" + query)
-    ready(tab)
+    if wait:
+        ready(tab)
     return tab
 
 
@@ -314,7 +316,7 @@ def sent(browser, address):
 def test_a_view_can_be_sent(sent):
     """Values in an address are taken; what no knob can give is named and mended."""
     tab = sent
-    notices = tab.locator("[data-testid=stAlert]").all_inner_texts()
+    notices = tab.locator(".notice").all_inner_texts()
     assert len(notices) == 2
     assert "dt = nan" in notices[0] and "0.04 to 0.4" in notices[0]
     assert "N = 7" in notices[1] and "4, 8, 16, 32, 64" in notices[1]
@@ -331,6 +333,30 @@ def test_a_view_can_be_sent(sent):
             shown = re.findall(r'src="([^"]*)"', figure_html(tab, name))
             assert shown == wanted, name
     assert "basis_kernels.N" not in tab.url and "one_mode.decay" in tab.url
+
+
+def test_what_an_address_asks_for_is_shown_as_code_and_never_read(browser, address):
+    """No Markdown, no HTML, no mathematics, no request to an outside host."""
+    evil = "![x](http://192.0.2.1/a.png) **b** $x$ :red[x] <img src=//192.0.2.1/b>"
+    asked = {
+        "kernel_and_spectrum.init": f"legs. {evil}",  # a list of choices
+        "one_mode.decay": f"</code>{evil}",  # a range
+        "basis_kernels.N": "`\\`" + "9" * 5000,
+        "explorer.poles": evil,
+        "code": evil,
+        "one_mode.unknown": evil,
+    }
+    query = urllib.parse.urlencode(asked)
+    tab = visit(browser, address, f"?{query}", wait=False)
+    tab.locator(".notice").nth(3).wait_for()
+    tab.wait_for_timeout(300)
+    shown = tab.locator(".notice code").all_text_contents()
+    names = "explorer.poles", "one_mode.decay", "basis_kernels.N"
+    wanted = [asked[name][:40] for name in (*names, "kernel_and_spectrum.init")]
+    assert sorted(shown) == sorted(wanted)
+    assert tab.locator(".notice :not(code)").count() == 0  # no tag but these
+    assert outside_requests(tab) == exceptions(tab) == []
+    tab.context.close()
 
 
 # -- reading --------------------------------------------------------------------------
@@ -633,10 +659,24 @@ def test_an_old_notebook_is_not_believed(tmp_path):
     assert not any(item.get("drawn") or item.get("printed") for item in items)
 
 
+ODD_NAMES = """
+    annotated.v2 | s4d (1) | 7 | 2nd.copy | it's | "S4D" | Δ-règle | [x](y) | -h | json
+"""
+
+
+@pytest.mark.parametrize("name", [name.strip() for name in ODD_NAMES.split("|")])
+def test_the_page_imports_its_file_whatever_it_is_called(tmp_path, name):
+    file = tmp_path / f"{name}.py"
+    file.write_text("LOOK, set_allocator = {}, lambda *settings: lambda pad: None")
+    module = page_namespace()["Studio"](file).article()
+    assert module.__file__ == str(file) and sys.modules["json"] is json
+
+
 def test_the_file_alone_makes_a_page(tmp_path, browser):
-    """In an empty folder: words at once, figures drawn on the spot."""
-    shutil.copy(FILE, tmp_path)
-    server, address = serve(tmp_path)
+    """In an empty folder, by any name: words at once, figures drawn on the spot."""
+    name = "annotated s4d (1).v2.py"
+    shutil.copy(FILE, tmp_path / name)
+    server, address = serve(tmp_path, name)
     try:
         tab = browser.new_page()
         tab.goto(address)
