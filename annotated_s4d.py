@@ -3314,17 +3314,6 @@ def load_parameters(file, model):
 # from the file that the last run left, if there is one.
 
 # %%
-import threading
-
-TRAINING = threading.Lock()  # visitors of the web page are threads: one trains for all
-
-
-def trained():
-    """Return the trained model of this page, its history and the test data."""
-    with TRAINING:
-        return trained_once()
-
-
 def recorded(name, make, train, prepare=lambda data: data):
     """What train() returns, where this file runs. Where it is imported, the model that
     make() returns with the parameters in assets, its history and the test data."""
@@ -3340,8 +3329,8 @@ def recorded(name, make, train, prepare=lambda data: data):
 
 
 @functools.cache
-def trained_once():
-    """Train the model where this file runs, read it where this file is imported."""
+def trained():
+    """Return the trained model of this page, its history and the test data."""
     return recorded("digits.npz", digit_model, train_digits)
 
 
@@ -3823,15 +3812,9 @@ def train_generator(seed=0):
 
 # %%
 @functools.cache
-def trained_generator_once():
-    """Train the next-pixel model, or read it."""
-    return recorded("generator.npz", generator_model, train_generator, next_pixel)
-
-
 def trained_generator():
     """Return the trained next-pixel model, its history and the test data."""
-    with TRAINING:
-        return trained_generator_once()
+    return recorded("generator.npz", generator_model, train_generator, next_pixel)
 
 
 if RUN:
@@ -4520,8 +4503,8 @@ if RUN:
         print((line + " {validation_accuracy:.1%}   {seconds:5,.0f} s").format(**row))
     if run:
         test, (learned, _, n) = run["test"], run["images"]
-        spread = math.sqrt(test * (1 - test) / n)
-        print(f"test accuracy {test:.1%} ± {spread:.1%}, of {n:,} images")
+        deviation = math.sqrt(test * (1 - test) / n)
+        print(f"test accuracy {test:.1%} ± {deviation:.1%}, of {n:,} images")
         epoch = min(np.diff([0] + [row["seconds"] for row in rows])) / 60
         total = epoch * len(rows)
         print(f"at its best rate all epochs would take {total:.0f} minutes,")

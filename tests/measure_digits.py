@@ -21,7 +21,9 @@ import numpy as np
 from flax import nnx
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+from render.memory import keep_memory  # noqa: E402
+
 import annotated_s4d as s4d  # noqa: E402
 
 
@@ -108,7 +110,7 @@ def main():
         "--quick", action="store_true", help="two epochs, nothing written"
     )
     quick = parser.parse_args().quick
-    s4d.keep_memory()  # as the script does
+    keep_memory()  # as the script does
     data, *_ = s4d.load_digits()
     epoch = seconds_per_epoch(make_gru(0), data)
     if quick:

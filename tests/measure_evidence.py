@@ -37,6 +37,7 @@ from flax import nnx
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 import training  # noqa: E402
+from render.memory import keep_memory  # noqa: E402
 
 import annotated_s4d as s4d  # noqa: E402
 from tests.measure_digits import GRU, size  # noqa: E402
@@ -524,7 +525,7 @@ def main():
     parser.add_argument("--data-dir", help="the folder with MNIST's four files")
     parser.add_argument("--cost", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    s4d.keep_memory()  # as the script does
+    keep_memory()  # as the script does
     if arguments.cost:
         kind, L = arguments.cost
         return print(json.dumps(train_cost(kind, int(L))))

@@ -23,7 +23,9 @@ import numpy as np
 from flax import nnx
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+from render.memory import keep_memory  # noqa: E402
+
 import annotated_s4d as s4d  # noqa: E402
 
 
@@ -72,7 +74,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
-    s4d.keep_memory()  # as the script does
+    keep_memory()  # as the script does
     result = dict(
         command=" ".join(["python tests/measure_kernels.py", *sys.argv[1:]]),
         versions=dict(

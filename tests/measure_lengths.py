@@ -36,7 +36,8 @@ CHUNK = 4096
 
 def load():
     """Import the article, and name a layer that runs by parallel scan."""
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+
     import annotated_s4d as s4d
 
     class ScanS4D(s4d.S4D):
@@ -88,8 +89,9 @@ def measure_point(way, L, limit, turns):
     s4d = load()
     import jax
     import numpy as np
+    from render.memory import keep_memory
 
-    s4d.keep_memory()  # as the script does
+    keep_memory()  # as the script does
     size = min(CHUNK, L) if way == "in chunks" else None
     program, arguments = compiled(s4d, WAYS[way], L, size)
     planned = program.memory_analysis().temp_size_in_bytes

@@ -31,7 +31,9 @@ import numpy as np
 from flax import nnx
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+from render.memory import keep_memory  # noqa: E402
+
 import annotated_s4d as s4d  # noqa: E402
 
 try:
@@ -358,7 +360,7 @@ def main():
     parser.add_argument("--write", action="store_true", help="put it into README.md")
     parser.add_argument("--turns", type=int, default=15, help="of each form (15)")
     options = parser.parse_args()
-    s4d.keep_memory()
+    keep_memory()
     versions = f"jax {jax.__version__}, flax {flax.__version__}"
     versions += f", torch {torch.__version__}" if torch else ", PyTorch not installed"
     said = (

@@ -336,7 +336,8 @@ def test_cells_are_short():
     lines = lines_of(READ)
     assert lines[len(lines) // 2] <= 14
     assert lines[int(0.9 * len(lines))] <= 25
-    assert lines[-1] <= 34
+    assert lines_of(x for x in READ if not x.startswith("class "))[-1] <= 34
+    assert lines[-1] <= 40  # a class is not cut in two
     assert lines_of(set(CODE) - set(READ))[-1] <= 80  # what is folded
 
 
@@ -358,7 +359,6 @@ def test_code_fits_the_page():
     assert long == []
 
 
-@pytest.mark.xfail(reason="spread, plain and start are still both", strict=True)
 def test_cells_that_work_bind_no_name_of_a_definition():
     """So that any of them can be run again. A comprehension's names are its own."""
     body, kinds = ast.parse(TEXT).body, (ast.FunctionDef, ast.ClassDef)
