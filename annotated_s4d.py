@@ -3317,9 +3317,11 @@ def load_parameters(file, model):
 def recorded(name, make, train, prepare=lambda data: data):
     """What train() returns, where this file runs. Where it is imported, the model that
     make() returns with the parameters in assets, its history and the test data."""
-    folder = Path(globals().get("__file__", "")).with_name("assets")
+    if RUN:
+        return train()
+    folder = Path(__file__).with_name("assets")
     saved = [path for path in (folder / name, folder / "run" / name) if path.exists()]
-    if RUN or not saved:
+    if not saved:
         return train()
     model = nnx.eval_shape(make)  # shapes alone: starting values take seconds
     nnx.reseed(model, dropout=jax.random.key(0, impl="rbg"))
