@@ -75,8 +75,7 @@ def canvas(rows=1, columns=1, height=3.0, **options):
 def figure(later=False, times=False, data=None, work=None, **knobs):
     """Mark a function as a figure. A knob is a list of choices or a range (low, high).
 
-    It is drawn at once; if `later`, a place is kept. `times`: it shows times. On a web
-    page a script may start from `data()`, and a button starts `work(watch)`."""
+    `later` keeps a place, `times` says it shows times; for pages: data(), work(watch)."""
 
     def register(draw):
         odd = set(knobs) - set(inspect.signature(draw).parameters)
@@ -2707,8 +2706,9 @@ if RUN:
 # Silence is the hard case. Where a row begins with zeros, the recurrence computes exact
 # zeros, and the FFT, in which all samples meet, leaves rounding in their place, some
 # $10^{-8}$. A network whose biases are zero hands both on as they are. LayerNorm then
-# brings each to variance one, or as near to it as $\epsilon$ lets it: block by block, the rounding grows into a
-# signal. A bias gives silence a value of its own, and beside it rounding stays rounding.
+# brings each as near to variance one as $\epsilon$ lets it: block by block, the
+# rounding grows into a signal. A bias gives silence a value of its own, and beside it
+# rounding stays rounding.
 
 # %%
 if RUN:
@@ -5886,7 +5886,8 @@ if RUN:
 
 
 # %% [markdown]
-# The command `train`, which stood here, has moved to a companion, `notebooks/training.py`.
+# The command `train`, which stood here, has moved to a companion of this page,
+# `notebooks/training.py`.
 
 # %%
 if COMMAND:

@@ -56,6 +56,8 @@ def error(a, b):
     """Largest difference as a share of the largest value of b; NaN is infinite."""
     a, b = np.asarray(a), np.asarray(b)
     assert a.shape == b.shape, (a.shape, b.shape)
+    if (a == b).all():
+        return 0.0  # where both are zeros, too
     e = np.abs(a - b).max() / np.abs(b).max()
     return e if np.isfinite(e) else np.inf
 
