@@ -75,7 +75,7 @@ def canvas(rows=1, columns=1, height=3.0, **options):
 def figure(later=False, times=False, data=None, work=None, **knobs):
     """Mark a function as a figure. A knob is a list of choices or a range (low, high).
 
-    `later` keeps a place, `times` says it shows times; for pages: data(), work(watch)."""
+    `later` keeps a place, `times`: it shows times; for pages data() and work(watch)."""
 
     def register(draw):
         odd = set(knobs) - set(inspect.signature(draw).parameters)
