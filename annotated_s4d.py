@@ -54,7 +54,10 @@ from matplotlib.figure import Figure
 
 # %% tags=["hide"] jupyter={"source_hidden": true}
 FIGURES = {}
-BLUE, ORANGE, GREEN, PURPLE = "#2f86d6", "#dd6b20", "#2f9e6e", "#9a6bd6"
+BLUE = "#2f86d6"
+ORANGE = "#dd6b20"
+GREEN = "#2f9e6e"
+PURPLE = "#9a6bd6"
 INK = "#767676"  # legible on white and on black
 INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color",
          "ytick.color")
@@ -81,7 +84,9 @@ def figure(later=False, times=False, data=None, work=None, **knobs):
         odd = set(knobs) - set(inspect.signature(draw).parameters)
         if odd:
             raise TypeError(f"{draw.__name__} has knobs that are no arguments: {odd}")
-        draw.knobs, draw.data, draw.work = knobs, data, work
+        draw.knobs = knobs
+        draw.data = data
+        draw.work = work
         FIGURES[draw.__name__] = draw
         if RUN:
             show(draw, promise=later)
@@ -131,7 +136,8 @@ def results():
 
 def agree(left, a, right, b, tolerance=1e-5):
     """Print max |a - b| / max |b|; raise AssertionError if it is over the tolerance."""
-    a, b = np.asarray(a), np.asarray(b)
+    a = np.asarray(a)
+    b = np.asarray(b)
     if a.shape != b.shape:
         raise AssertionError(f"{left} has shape {a.shape}, {right} has {b.shape}")
     error = np.abs(a - b).max() / np.abs(b).max()
@@ -179,7 +185,8 @@ def hero():
     for h, K in enumerate(model.stack.blocks[0].ssm.kernel(64)[:4]):
         right.plot(K / np.abs(K).max() - 2.2 * h)
     right.set(yticks=[], xlabel="step", title="learned kernels")
-    below, both = fig.add_subplot(grid[1, :]), ten_completed()
+    below = fig.add_subplot(grid[1, :])
+    both = ten_completed()
     below.imshow(np.vstack([strip(levels) for levels in both]))  # (18, 90)
     below.axhline(12.5, color=ORANGE, lw=1)
     title = "test digits, and under each what a model draws below the line"
@@ -210,9 +217,9 @@ def hero():
 # | 12 Streaming and generating | the same model, pixel by pixel; half digits, completed |
 # | 13 The evidence | which choices matter, measured |
 # | Closing | all views agree; where we deviate from the papers; exercises |
-# | Appendix A | all options of the layer; weights from elsewhere |
+# | Appendix A | all options of the layer; a backbone; weights from elsewhere |
 # | Appendix B | what S4D left out: DSS and S4 |
-# | Appendix C | several devices |
+# | Appendix C | sequences that do not fit, and several devices |
 #
 # ### How to read the code
 #
@@ -322,7 +329,8 @@ def oscillator(mass=1.0, spring=40.0, damping=2.0):
 # in time with the spring. We look at eight seconds of it, 25 samples a second.
 
 # %%
-DT, STEPS = 0.04, 200  # seconds, samples
+DT = 0.04
+STEPS = 200  # seconds, samples
 
 
 def force(t):
@@ -514,8 +522,10 @@ if RUN:
 def held_input(dt=0.2):
     """The force and its held samples (top). The mass under the held force (bottom):
     zero-order hold is exact at the samples, the bilinear rule is not."""
-    (A, B, C), k = oscillator(), np.arange(int(6 / dt))
-    u, t = force(k * dt), np.linspace(0, (len(k) - 1) * dt, 600)
+    (A, B, C) = oscillator()
+    k = np.arange(int(6 / dt))
+    u = force(k * dt)
+    t = np.linspace(0, (len(k) - 1) * dt, 600)
     fig, (top, bottom) = canvas(2, 1, 4.0, sharex=True)
     top.plot(t, force(t), color=INK)
     top.step(k * dt, u, where="post", color=BLUE)
@@ -639,7 +649,8 @@ def oscillator_kernel(damping=2.0, spring=40.0):
     kernel, scaled by the force; four of them are drawn, and the sum of all is the
     output (right)."""
     A, B, C = oscillator(1.0, spring, damping)
-    u, t = force(np.arange(STEPS) * DT), np.arange(STEPS) * DT
+    u = force(np.arange(STEPS) * DT)
+    t = np.arange(STEPS) * DT
     K = np.asarray(ssm_kernel(*ssm_discretize(A, B, DT), C, STEPS))
     fig, (left, right) = canvas(1, 2, 2.8)
     left.plot(t[:80], K[:80], ".-", lw=0.8, ms=4)
@@ -692,10 +703,12 @@ def oscillator_kernel(damping=2.0, spring=40.0):
 if RUN:
     poles, V = np.linalg.eig(A)
     print("poles of the spring:", np.round(poles, 3))
-    B_eig, C_eig = np.linalg.solve(V, B), C @ V
+    B_eig = np.linalg.solve(V, B)
+    C_eig = C @ V
     poles_bar = np.exp(DT * poles)
     B_eig_bar = (poles_bar - 1) / poles * B_eig
-    x, y_eig = np.zeros(2, complex), []
+    x = np.zeros(2, complex)
+    y_eig = []
     for u_k in u:
         x = poles_bar * x + B_eig_bar * u_k  # each mode by its own pole
         y_eig.append(C_eig @ x)
@@ -750,7 +763,8 @@ if RUN:
 def phi(z):
     """Compute (e^z - 1) / z, which is 1 at z = 0, to full precision."""
     small = abs(z) < 0.5  # each branch gets its own z, so that the other stays finite
-    near, far = jnp.where(small, z, 0), jnp.where(small, 1, z)
+    near = jnp.where(small, z, 0)
+    far = jnp.where(small, 1, z)
 
     def term(i, series):  # 1 + z/2 (1 + z/3 (1 + z/4 ..., from the inside
         return 1 + near / (16 - i) * series
@@ -849,11 +863,13 @@ def s4d_recurrence(A_bar, B_bar, C, u, x0=None, A_rest=0.0, timed=False):
         x = A_bar * x + (A_rest * x + B_bar * u_k[..., None])
         return x, 2 * (C * x).sum(-1).real
 
-    system, now = (A_bar, B_bar, A_rest), jnp.moveaxis(u, -1, 0)
+    system = (A_bar, B_bar, A_rest)
+    now = jnp.moveaxis(u, -1, 0)
     if timed:
         require_time(u, *system)
         times = (jnp.moveaxis(v, -2, 0) for v in jnp.broadcast_arrays(*system))
-        now, B_bar = (now, *times), B_bar[..., 0, :]
+        now = (now, *times)
+        B_bar = B_bar[..., 0, :]
     x = B_bar * jnp.zeros_like(u[..., :1]) if x0 is None else x0  # (..., N/2)
     x, y = jax.lax.scan(step, x, now)
     return jnp.moveaxis(y, 0, -1), x
@@ -942,7 +958,8 @@ def responses(poles, weights, dt, u):
 
     poles and weights (N/2,) complex, with B = 1.
     """
-    ones, omega = np.ones(len(poles)), 1j * np.arange(201) / 10
+    ones = np.ones(len(poles))
+    omega = 1j * np.arange(201) / 10
     K = np.asarray(vandermonde_kernel(poles, ones, weights, dt, len(u)))
     upper = weights / (omega[:, None] - poles)  # (201, N/2)
     lower = weights.conj() / (omega[:, None] - poles.conj())
@@ -952,7 +969,8 @@ def responses(poles, weights, dt, u):
 # %% tags=["hide"] jupyter={"source_hidden": true}
 def explorer_data():
     """What the explorer starts from: poles as rows [Re A, Im A, Re C, Im C]."""
-    default, rng = inspect.signature(explorer).parameters, np.random.default_rng(0)
+    default = inspect.signature(explorer).parameters
+    rng = np.random.default_rng(0)
 
     def rows(A, C):
         A, C = (np.asarray(v, complex).round(3) for v in (A, C))
@@ -976,12 +994,14 @@ def explorer(poles=(-1 + 6.24j, -0.4 + 2j), weights=(1.0, 0.5)):
     """Two poles and their conjugates, the kernel that they make together, its frequency
     response (dotted: where the poles are), and its response to the force of Part 1
     (grey)."""
-    t, (poles, weights) = np.arange(STEPS) * DT, map(np.asarray, (poles, weights))
+    t = np.arange(STEPS) * DT
+    (poles, weights) = map(np.asarray, (poles, weights))
     K, G, y = responses(poles, weights, DT, force(t))
     fig, ((plane, kernel), (spectrum, output)) = canvas(2, 2, 4.4)
     for pole in poles:
         (dot,) = plane.plot(pole.real, pole.imag, "o", ms=8)
-        color, height = dot.get_color(), (G.min(), G.max())
+        color = dot.get_color()
+        height = (G.min(), G.max())
         plane.plot(pole.real, -pole.imag, "o", ms=8, color=color, alpha=0.4)
         spectrum.plot([pole.imag] * 2, height, ":", color=color, lw=1.2)
     plane.set(xlim=(-4, 0.5), ylim=(-20, 20), title="poles and conjugates")
@@ -1021,7 +1041,8 @@ import time
 
 def best_time(f, *args, repeats=5):
     """Seconds of the fastest of some calls of a compiled function."""
-    f, times = jax.jit(f), []
+    f = jax.jit(f)
+    times = []
     jax.block_until_ready(f(*args))  # compile
     for _ in range(repeats):
         start = time.perf_counter()
@@ -1070,10 +1091,13 @@ def padded_conv(u, K):
 def wraparound(steps=140):
     """The oscillator's motion by two convolutions, cut while the mass still swings. On
     the circle the tail of the swing falls on the quiet beginning."""
-    (A, B, C), t = oscillator(), np.arange(STEPS) * DT
+    (A, B, C) = oscillator()
+    t = np.arange(STEPS) * DT
     u, K = force(t), np.asarray(ssm_kernel(*ssm_discretize(A, B, DT), C, STEPS))
-    y, cut = np.asarray(padded_conv(u, K)), slice(steps)
-    wrapped, (fig, ax) = wrapped_conv(u[cut], K[cut]), canvas()
+    y = np.asarray(padded_conv(u, K))
+    cut = slice(steps)
+    wrapped = wrapped_conv(u[cut], K[cut])
+    (fig, ax) = canvas()
     ax.plot(t[cut], wrapped, color=ORANGE, label="FFT, unpadded: wraps around")
     ax.plot(t[cut], y[cut], color=BLUE, lw=4, alpha=0.4, label="FFT, padded")
     ax.set(xlabel="time (s)", ylabel="position (m)")
@@ -1128,14 +1152,16 @@ def causal_conv(u, K):
 
 # %%
 if RUN:
-    short, y_short = u[:140], y[:140]  # ends while the mass still swings
+    short = u[:140]
+    y_short = y[:140]  # ends while the mass still swings
     K = vandermonde_kernel(A, B, C, DT, 140)
     agree("padded FFT", padded_conv(short, K), "loop", y_short)
     agree("twisted FFT", causal_conv(short, K), "loop", y_short)
     wrong = np.abs(wrapped_conv(short, K) - y_short).max() / np.abs(y_short).max()
     print(f"error of the unpadded FFT: {wrong:.0%} of the largest output")
     many = jnp.ones((16, 64, 1024)), jnp.ones((64, 1024))  # (batch, H, L) and (H, L)
-    padded, twisted = best_time(padded_conv, *many), best_time(causal_conv, *many)
+    padded = best_time(padded_conv, *many)
+    twisted = best_time(causal_conv, *many)
     print(f"time of the padded FFT by that of the twisted: {padded / twisted:.2f}")
 
 
@@ -1255,9 +1281,12 @@ def pole_powers(A, dt, k, method="zoh"):
         z = log_poles(A, dt, method)
         turn = z.imag * (2.0**32 / (2 * jnp.pi))  # of one step, in ticks
         ticks = jnp.round(turn)
-        rest, fade = (turn - ticks).astype(real), z.real.astype(real)
+        rest = (turn - ticks).astype(real)
+        fade = z.real.astype(real)
         ticks = ticks.astype(jnp.int64).astype(jnp.int32)
-    ticks, rest, fade = ticks[..., None], rest[..., None], fade[..., None]
+    ticks = ticks[..., None]
+    rest = rest[..., None]
+    fade = fade[..., None]
     ticks = ticks * k.astype(jnp.int32)  # wraps around
     turns = (ticks.astype(real) + rest * k) * 2.0**-32  # between -1/2 and 1/2
     cosine, sine = circle(turns)
@@ -1273,7 +1302,8 @@ def pole_powers(A, dt, k, method="zoh"):
 @pole_powers.defjvp
 @broadcasting
 def _(method, primals, tangents):
-    (A, dt, k), (dA, ddt, _) = primals, tangents
+    (A, dt, k) = primals
+    (dA, ddt, _) = tangents
     dz = dA * dt[..., None] + A * ddt[..., None]
     powers = pole_powers(A, dt, k, method)
     if method == "zoh":
@@ -1315,7 +1345,8 @@ def circle(turns):
 if RUN:
     K = vandermonde_kernel(A, B, C, DT, STEPS)
     agree("fast kernel", s4d_kernel(A, B, C, DT, STEPS), "Vandermonde", K)
-    fast, ones = np.complex64(-0.5 + 40j * np.arange(1, 33)), np.ones(32)
+    fast = np.complex64(-0.5 + 40j * np.arange(1, 33))
+    ones = np.ones(32)
     z, dt = fast.astype(complex), np.float32(1e-3)
     exact = 2 * (np.expm1(dt * z) / z @ np.exp(np.outer(dt * z, np.arange(4096)))).real
     plain = vandermonde_kernel(fast, ones, ones, dt, 4096)
@@ -1358,8 +1389,10 @@ def pole_rest(A, dt, A_bar, method="zoh"):
 
 # %%
 if RUN:
-    slow, ones = jnp.asarray(-0.5 + 1j * np.pi * np.arange(16)), jnp.ones(16) + 0j
-    dt, noise = jnp.float32(1e-4), jax.random.normal(jax.random.key(0), (65536,))
+    slow = jnp.asarray(-0.5 + 1j * np.pi * np.arange(16))
+    ones = jnp.ones(16) + 0j
+    dt = jnp.float32(1e-4)
+    noise = jax.random.normal(jax.random.key(0), (65536,))
     y_conv = causal_conv(noise, s4d_kernel(slow, ones, ones, dt, 65536))
     slow_bar, ones_bar = s4d_discretize(slow, ones, dt)
     rounded, _ = s4d_recurrence(slow_bar, ones_bar, ones, noise)
@@ -1405,7 +1438,8 @@ def s4d_scan(A_bar, B_bar, C, u, x0=None, A_rest=0.0, timed=False):
     A_bar, B_bar, A_rest = map(jnp.atleast_2d, system)  # (..., 1 or L, N/2)
 
     def combine(first, second):
-        (a1, v1), (a2, v2) = first, second
+        (a1, v1) = first
+        (a2, v2) = second
         return a2 * a1, a2.astype(v1.dtype) * v1 + v2
 
     v = B_bar * u[..., None]  # (..., L, N/2)
@@ -1461,7 +1495,8 @@ if RUN:
 if RUN:
     lost = np.random.default_rng(0).permutation(np.arange(1, STEPS))[: STEPS // 2]
     times = np.delete(np.arange(STEPS) * DT, lost)  # seconds, (100,)
-    u, gaps = force(times), np.diff(times, append=STEPS * DT)
+    u = force(times)
+    gaps = np.diff(times, append=STEPS * DT)
     held = simulate(
         *oscillator(), lambda s: u[np.searchsorted(times, s, "right") - 1], times + gaps
     )
@@ -1489,7 +1524,8 @@ def costs(L, N=64, H=32):
     """Seconds of each form of kernel and of output, for H channels of length L."""
     A = jnp.tile(-0.5 + 1j * jnp.pi * jnp.arange(N // 2), (H, 1))
     B, dt, u = jnp.ones_like(A), jnp.full(H, 0.01), jnp.ones((H, L))
-    K, discrete = s4d_kernel(A, B, B, dt, L), (*s4d_discretize(A, B, dt), B)
+    K = s4d_kernel(A, B, B, dt, L)
+    discrete = (*s4d_discretize(A, B, dt), B)
     kernels = {"definition": vandermonde_kernel, "two tables": s4d_kernel}
     runs = {"recurrence": s4d_recurrence, "parallel scan": s4d_scan}
     ffts = {"FFT, padded": padded_conv, "FFT, twisted": causal_conv}
@@ -1651,7 +1687,8 @@ def legs_normal(N):
 # %%
 def legs_and_diagonal(N, t):
     """First four kernels (4, L) of LegS and of its diagonal part, at times t (L,)."""
-    n, (poles, V) = np.arange(4)[:, None], legs_normal(N)
+    n = np.arange(4)[:, None]
+    (poles, V) = legs_normal(N)
     P = scipy.special.eval_legendre(n, 2 * np.exp(-t) - 1)
     legs = np.sqrt(2 * n + 1) * np.exp(-t) * P
     B = V.conj().T @ hippo_legs(N)[1] / 2
@@ -1698,8 +1735,10 @@ def four_states(poles, V, B, omega, t):
 
     poles (N,) and eigenvectors V (N, N) of A, B (N,), t (L,). Returns two (4, L).
     """
-    W, s = V[:4] * np.linalg.solve(V, B), 1j * omega  # (4, N)
-    modes, G = np.exp(np.outer(poles, t)), W / (s - poles)  # (N, L), (4, N)
+    W = V[:4] * np.linalg.solve(V, B)
+    s = 1j * omega  # (4, N)
+    modes = np.exp(np.outer(poles, t))
+    G = W / (s - poles)  # (N, L), (4, N)
     return (W @ modes).real, (np.outer(G.sum(1), np.exp(s * t)) - G @ modes).imag
 
 
@@ -1709,7 +1748,8 @@ def four_states(poles, V, B, omega, t):
 # %%
 def rank_one(kind, N, seed=0):
     """A vector P (N,) as long as B / sqrt(2) of LegS: "shuffled" or "Gaussian"."""
-    rng, P = np.random.default_rng(seed), hippo_legs(N)[1] / 2**0.5
+    rng = np.random.default_rng(seed)
+    P = hippo_legs(N)[1] / 2**0.5
     if kind == "shuffled":
         return rng.permutation(P)
     random = rng.normal(size=N)
@@ -1721,7 +1761,9 @@ def what_dropping_costs(N, omega=2.0, P=None):
 
     P (N,) is that of LegS if None. The responses are those to sin(omega t).
     """
-    (A, B), (poles, V), t = hippo_legs(N), legs_normal(N), np.arange(1, 501) / 100
+    (A, B) = hippo_legs(N)
+    (poles, V) = legs_normal(N)
+    t = np.arange(1, 501) / 100
     K_diag, y_diag = four_states(poles, V, B / 2, omega, t)
     if P is None:  # LegS is triangular: its first states do not see the others
         K, y = four_states(*np.linalg.eig(A[:4, :4]), B[:4], omega, t)
@@ -1729,7 +1771,8 @@ def what_dropping_costs(N, omega=2.0, P=None):
         normal = A + np.outer(B, B) / 2
         K, y = four_states(*np.linalg.eig(normal - np.outer(P, P)), B, omega, t)
         best = (y * y_diag).sum() / (y_diag**2).sum()
-        K_diag, y_diag = best * K_diag, best * y_diag
+        K_diag = best * K_diag
+        y_diag = best * y_diag
     pairs = (K, K_diag), (y, y_diag)
     return [np.linalg.norm(a - b) / np.linalg.norm(a) for a, b in pairs]
 
@@ -1760,7 +1803,8 @@ def dropping_a_term(omega=2.0, seed=0):
     """How far it moves the first four states to drop the rank-one term, against N. The
     kernels of LegS stay apart, its responses to a sine meet; a faster sine takes a
     larger N. With another term they meet slowly or not at all."""
-    sizes, (fig, ax) = [4, 8, 16, 32, 64, 128], canvas()
+    sizes = [4, 8, 16, 32, 64, 128]
+    (fig, ax) = canvas()
     rows = {"LegS, kernels": [what_dropping_costs(N, omega)[0] for N in sizes]}
     rows["LegS, responses"] = [what_dropping_costs(N, omega)[1] for N in sizes]
     for kind in ("shuffled", "Gaussian"):
@@ -1872,8 +1916,10 @@ def kernel_and_spectrum(init="legs", N=16, log10_dt=-2.0):
     sample (right; grey lines mark the frequencies of the modes)."""
     A = np.asarray(s4d_init(init, N, jax.random.key(0)), np.complex128)
     C = np.random.default_rng(0).normal(size=(2, N // 2)).T @ [1, 1j] / 2**0.5
-    dt, turns = 10**log10_dt, np.geomspace(1e-4, 0.5, 400)
-    A_bar, weights = np.exp(dt * A), C * np.expm1(dt * A) / A
+    dt = 10**log10_dt
+    turns = np.geomspace(1e-4, 0.5, 400)
+    A_bar = np.exp(dt * A)
+    weights = C * np.expm1(dt * A) / A
     K = 2 * (weights @ A_bar[:, None] ** np.arange(1000)).real
     z = np.exp(2j * np.pi * turns)[:, None]  # one turn forward for each sample
     G = weights * z / (z - A_bar) + (weights * z.conj() / (z.conj() - A_bar)).conj()
@@ -1929,7 +1975,8 @@ if RUN:
 def memory_of_a_delay(width=16, log2_dt=-9):
     """A bump 512 steps in the past (grey), fitted with the 32 modes of five starting
     points. The number is the relative error that remains."""
-    (fig, axes), l = canvas(1, 5, 2.4, sharey=True), np.arange(0, 1024, 4)
+    (fig, axes) = canvas(1, 5, 2.4, sharey=True)
+    l = np.arange(0, 1024, 4)
     for ax, name in zip(axes, ("lin", "legs", "inv", "rand", "real")):
         bump, fit, error = delay_fit(name, width=width, dt=2.0**log2_dt)
         ax.plot(l, bump[l], color=INK, lw=3, alpha=0.5)
@@ -2001,6 +2048,19 @@ def pairs(p):
 from flax import nnx
 
 
+def check_range(discretization, dt_min, dt_max):
+    """Raise ValueError for a rule that is unknown, or no range of dt."""
+    require_choice("discretization", discretization, METHODS)
+    fits = 0 < dt_min <= dt_max < math.inf
+    require(fits, f"dt_min is {dt_min}, dt_max {dt_max}", "0 < dt_min <= dt_max")
+
+
+def first_poles(init, H, N, key):
+    """The poles A (H, N/2) of H systems to begin with; each has chance of its own."""
+    one = functools.partial(s4d_init, init, N)
+    return jax.vmap(one)(jax.random.split(key, H))
+
+
 class DiagonalSSM(nnx.Module):
     """The parameters of H = d_model diagonal systems with N = d_state, even.
 
@@ -2012,11 +2072,10 @@ class DiagonalSSM(nnx.Module):
                  dt_min=0.001, dt_max=0.1, rngs):
         d_model = require_count("d_model", d_model)
         d_state = require_count("d_state", d_state, multiple=2)
-        require_choice("discretization", discretization, METHODS)
-        fits = 0 < dt_min <= dt_max < math.inf
-        require(fits, f"dt_min is {dt_min}, dt_max {dt_max}", "0 < dt_min <= dt_max")
-        self.method, shape = discretization, (d_model, d_state // 2)
-        A = jnp.broadcast_to(s4d_init(init, d_state, rngs.params()), shape)
+        check_range(discretization, dt_min, dt_max)
+        self.method = discretization
+        shape = (d_model, d_state // 2)
+        A = first_poles(init, d_model, d_state, rngs.params())
         place = jax.random.uniform(rngs.params(), (d_model,))
         log_dt = math.log(dt_min) + place * math.log(dt_max / dt_min)
         self.log_dt = nnx.Param(log_dt)  # (H,)
@@ -2136,9 +2195,10 @@ def s4d_every(A, B, C, dt, x, u, lengths, method="zoh"):
 # nonlinearity, something that lets positive numbers pass and holds negative ones back.
 # We take a smooth version of it, the *GELU* (Hendrycks and Gimpel, 2016): each number
 # times the share of a normal distribution that lies below it,
-# $\mathrm{gelu}(y) = y\,(1 + \mathrm{erf}(y/\sqrt 2))/2$. JAX has it, written with
-# $\mathrm{erfc} = 1 - \mathrm{erf}$ so that the tiny results far on the negative side
-# keep all their digits. We do not need those, and `erf` is shorter work.
+# $\mathrm{gelu}(y) = y\,(1 + \mathrm{erf}(y/\sqrt 2))/2$.
+#
+# The other is a linear map that mixes the channels, the same for each sample. (Flax and
+# JAX have both. Ours give the same numbers in less time; why, Part 13 says.)
 
 # %%
 def gelu(y):
@@ -2146,38 +2206,12 @@ def gelu(y):
     return y * (1 + jax.lax.erf(y / math.sqrt(2))) / 2
 
 
-if RUN:
-    many = jax.random.normal(jax.random.key(0), (2**20,))
-    library = functools.partial(jax.nn.gelu, approximate=False)
-    agree("GELU by erf", gelu(many), "JAX's, by erfc", library(many))
-    losses = [lambda y, f=f: (f(y) ** 2).sum() for f in (gelu, library)]
-    ours, theirs = (best_time(jax.value_and_grad(loss), many) for loss in losses)
-    print(f"time of JAX's, with its gradient, by that of ours: {theirs / ours:.1f}")
-
-
-# %% [markdown]
-# The other is a linear map that mixes the channels, the same for each sample. We lay all
-# samples of a batch in one long row before it. That changes no number. But the gradient
-# of its weights is a sum over all samples, and for a sum over two axes, batch and time,
-# XLA, the compiler inside JAX, first makes a transposed copy of what comes in.
-
-# %%
 class Linear(nnx.Linear):
     """A linear map over the last axis of u (..., d), as one matrix product."""
 
     def __call__(self, u):
         y = super().__call__(u.reshape(-1, u.shape[-1]))
         return y.reshape(*u.shape[:-1], self.out_features)
-
-
-if RUN:
-    many = many.reshape(16, 1024, 64)
-    layers = [kind(64, 128, rngs=nnx.Rngs(0)) for kind in (Linear, nnx.Linear)]
-    parts = [nnx.split(layer) for layer in layers]
-    losses = [lambda p, u, g=g: (nnx.merge(g, p)(u) ** 2).sum() for g, _ in parts]
-    ours, theirs = (best_time(jax.grad(loss), p, many)
-                    for loss, (_, p) in zip(losses, parts))
-    print(f"time of the gradient of nnx.Linear by that of ours: {theirs / ours:.1f}")
 
 
 # %% [markdown]
@@ -2213,16 +2247,18 @@ FINAL_ACTS = {
 
 
 class Mixer(nnx.Module):
-    """GELU, dropout, then a linear map across the channels and its activation."""
+    """GELU, dropout, then a linear map across the channels and its activation, from
+    (..., d_inner) to (..., d_model); d_inner is d_model if None."""
 
-    def __init__(self, d_model, final_act="glu", dropout=0.0, *, linear=Linear, rngs):
+    def __init__(self, d_model, final_act="glu", dropout=0.0, *, d_inner=None,
+                 linear=Linear, rngs):
         require_choice("final_act", final_act, tuple(FINAL_ACTS))
         require(0 <= dropout < 1, f"dropout is {dropout}", "0 <= dropout < 1")
         self.final_act = final_act  # the name: a function could not be pickled
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
         if self.act:
             width = d_model * (2 if final_act == "glu" else 1)
-            self.linear = affine(d_model, width, rngs, linear)
+            self.linear = affine(d_inner or d_model, width, rngs, linear)
 
     @property
     def act(self):
@@ -2243,7 +2279,8 @@ def check_sequence(u, width, lengths=None, shortest=0):
     fits = u.ndim == 3 and u.shape[2] == width and not jnp.iscomplexobj(u)
     allowed = f"(batch, L >= 1, {width})"
     require(fits, f"u has shape {u.shape}, {u.dtype}", f"{allowed}, real")
-    (batch, L), known = u.shape[:2], isinstance(u.shape[1], int)  # else for any L
+    (batch, L) = u.shape[:2]
+    known = isinstance(u.shape[1], int)  # else for any L
     require(known and L > 0, f"u has shape {u.shape}", f"{allowed}, L a number")
     if lengths is None:
         return jnp.full(batch, L)
@@ -2305,7 +2342,8 @@ class S4D(DiagonalSSM):
     Options: those of DiagonalSSM; dropout in [0, 1); final_act "glu", "gelu", "relu",
     "id" (no activation) or None (no mixing map)."""
 
-    convolve, linear = staticmethod(causal_conv), Linear
+    convolve = staticmethod(causal_conv)
+    linear = Linear
 
     def __init__(self, d_model, d_state=64, *, dropout=0.0, final_act="glu", rngs,
                  **options):
@@ -2542,9 +2580,11 @@ class S4DBlock(nnx.Module):
 
 # %%
 if RUN:
-    block, v = S4DBlock(4, 16, rngs=nnx.Rngs(0)), v[:1]
+    block = S4DBlock(4, 16, rngs=nnx.Rngs(0))
+    v = v[:1]
     change = call(block, v.at[:, 60, 0].add(1.0)) - call(block, v)
-    before, after = jnp.abs(change[:, :60]).max(), jnp.abs(change[:, 60:]).max()
+    before = jnp.abs(change[:, :60]).max()
+    after = jnp.abs(change[:, 60:]).max()
     print(f"sample 60 changed: before it {before:.0e}, from there {after:.1f}")
     require(before < 1e-5 < after, f"change before is {before}", "rounding")
 
@@ -2611,7 +2651,8 @@ class Pooling(nnx.Module):
 
     def __init__(self, how, d_model):
         require_choice("pooling", how, ("mean", "last", "none"))
-        self.how, self.d_model = how, d_model
+        self.how = how
+        self.d_model = d_model
 
     @broadcasting
     def __call__(self, h, lengths):
@@ -2719,104 +2760,15 @@ if RUN:
     for path, p in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         if path[-1] == "bias":
             p[...] = jnp.zeros_like(p[...])
-    stepped, called = run_steps(model, late)[1], call(model, late)
+    stepped = run_steps(model, late)[1]
+    called = call(model, late)
     error = jnp.abs(stepped - called).max() / jnp.abs(called).max()
     print(f"the same without biases: {error:.0e}")
 
 
 # %% [markdown]
-# ### A backbone to pick up
-#
-# To use S4D inside something larger, one wants a single call that makes a vector of a
-# window of samples. `build` is that call. It reads `window_size` samples of `embed_dim`
-# features each, and returns what the last of them has gathered, `hidden_size` numbers.
-# Three companions take the same arguments and compute nothing: `output_size` says how
-# wide the output is, `param_count` how many parameters there are,
-# `recommended_defaults` what the arguments of `build` are when some are left out. The
-# count is read off the shapes of the real model.
-
-# %%
-class S4DBackbone(nnx.Module):
-    """What `build` returns: (batch, window_size, embed_dim) to (batch, hidden_size)."""
-
-    def __init__(self, embed_dim, hidden_size, state_size, num_layers, window_size,
-                 *, rngs, **options):
-        require_count("embed_dim", embed_dim)
-        if window_size is not None:
-            require_count("window_size", window_size)
-        self.window_size = window_size
-        self.stack = S4DStack(hidden_size, state_size, num_layers, rngs=rngs, **options)
-        self.encoder = affine(embed_dim, hidden_size, rngs, nnx.Linear)
-        self.pooling = Pooling("last", hidden_size)
-
-    def __call__(self, u, lengths=None):
-        u, lengths = admit(u, self.encoder.in_features, lengths, shortest=1)
-        fits = self.window_size in (None, u.shape[1])
-        require(fits, f"u has {u.shape[1]} samples", f"window_size, {self.window_size}")
-        return self.pooling(self.stack(self.encoder(u), lengths), lengths)
-
-
-# %% [markdown]
-# The function that makes it has a name and an order of arguments that are easy to
-# remember:
-
-# %%
-def build(embed_dim, hidden_size=256, state_size=64, num_layers=4, dropout=0.1,
-          window_size=60, *, rngs, **options):
-    """Return a backbone: (batch, window_size, embed_dim) to (batch, hidden_size).
-
-    window_size None takes any length. Options are those of S4DBlock. Raises ValueError
-    for a value out of range, TypeError for an unknown option.
-    """
-    return S4DBackbone(embed_dim, hidden_size, state_size, num_layers, window_size,
-                       dropout=dropout, rngs=rngs, **options)
-
-
-# %% [markdown]
-# Its companions ask `build` itself for its arguments, so that they cannot disagree with
-# it.
-
-# %%
-def output_size(*args, **options):
-    """Return the width of the output of `build` with these arguments."""
-    return recommended_defaults(*args, **options)["hidden_size"]
-
-
-def param_count(*args, **options):
-    """Return the exact number of parameters of `build` with these arguments."""
-    options = recommended_defaults(*args, **options)
-    model = nnx.eval_shape(lambda: build(**options, rngs=nnx.Rngs(0)))
-    return sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
-
-
-def recommended_defaults(*args, **options):
-    """Return all arguments of `build`, as a dict: the given ones and the defaults."""
-    call = inspect.signature(build).bind_partial(*args, **options)
-    call.apply_defaults()
-    options = call.arguments.pop("options", {})
-    call.arguments.pop("rngs", None)
-    return dict(call.arguments) | options
-
-
-# %% [markdown]
-# Is the count right? Count by hand, layer by layer.
-
-# %%
-if RUN:
-    H, N = 32, 16
-    ssm = H + 2 * H * N // 2 + 2 * H * N + H  # dt; A; B and C; D
-    mixer, norms = (H + 1) * 2 * H, 2 * 2 * H
-    block = ssm + mixer + norms + (H + 1) * 2 * H + (2 * H + 1) * H  # FFN: up, down
-    by_hand = (8 + 1) * H + 2 * block + 2 * H  # encoder, blocks, last norm
-    print("parameters:", param_count(8, H, N, 2), "by hand:", by_hand)
-    require(param_count(8, H, N, 2) == by_hand, "the count is wrong", by_hand)
-    print("with all defaults, 8 features:", f"{param_count(8):,}")
-
-
-# %% [markdown]
-# *What stands: a model that can be called, stepped and advanced, and a backbone for
-# other models. Exercise: how many of the parameters that the last line prints belong to
-# the SSMs?*
+# *What stands: a model that can be called, stepped and advanced. Exercise: from the
+# shapes in Part 8, how many of the parameters of the last model belong to its SSMs?*
 
 # %% [markdown]
 # ## Part 11: Training
@@ -2837,9 +2789,11 @@ def imitation(frequency, pole, B, C, u, y):
 
 
 if RUN:
-    spring, u = half_oscillator(), jnp.asarray(force(t))
+    spring = half_oscillator()
+    u = jnp.asarray(force(t))
     y = causal_conv(u, s4d_kernel(*spring, DT, STEPS))
-    frequency, slope = jnp.array([5.0]), jax.jit(jax.value_and_grad(imitation))
+    frequency = jnp.array([5.0])
+    slope = jax.jit(jax.value_and_grad(imitation))
     for _ in range(10):
         loss, gradient = slope(frequency, *spring, u, y)
         line = "frequency {:.2f}   loss {:.1e}   slope {:+.1e}"
@@ -2989,7 +2943,9 @@ def require_labels(name, data, scores):
 
     scores is the shape of the answer to one input, (V,) or (L, V).
     """
-    n, labels, (*places, V) = len(data[0]), np.asarray(data[1]), scores
+    n = len(data[0])
+    labels = np.asarray(data[1])
+    (*places, V) = scores
     given = f"{name}: labels of shape {labels.shape} for {n:,} inputs"
     require(labels.shape == (n, *places), given, f"labels of shape {(n, *places)}")
     whole = labels.dtype.kind in "iu"
@@ -3014,7 +2970,9 @@ def evaluate(model, data, ask=call, portion=500):
     n, count = map(len, data)
     given = f"{n:,} inputs and {count:,} labels to evaluate"
     require(n == count > 0, given, "as many labels as inputs, one or more")
-    view, means, sizes = nnx.view(model, deterministic=True), [], []
+    view = nnx.view(model, deterministic=True)
+    means = []
+    sizes = []
     for i in range(0, n, portion):
         u, labels = (part[i : i + portion] for part in data)
         scores = ask(view, u)
@@ -3063,7 +3021,8 @@ def batches(data, epochs, batch_size, seed, augment=None, place=None, whole=True
     place says where it was left: batches taken, state. With whole=False the last batch
     may be smaller, else such a rest is left out.
     """
-    rng, (u, labels) = np.random.default_rng(seed), data
+    rng = np.random.default_rng(seed)
+    (u, labels) = data
     orders = drawn_rows(len(u), epochs, batch_size, copy.deepcopy(rng), whole)
     for _ in range(0 if place else epochs):
         rng.permutation(len(u))
@@ -3079,10 +3038,13 @@ def batches(data, epochs, batch_size, seed, augment=None, place=None, whole=True
 # %%
 def nudged(images, rng):
     """Move half of the square images by up to one pixel; what comes in is black."""
-    border, n, side = ((0, 0), (1, 1), (1, 1)), len(images), math.isqrt(images.shape[1])
+    border = ((0, 0), (1, 1), (1, 1))
+    n = len(images)
+    side = math.isqrt(images.shape[1])
     padded = np.pad(images.reshape(-1, side, side), border, constant_values=-1)
     moves = np.where(rng.random((n, 1, 1)) < 0.5, rng.integers(0, 3, (2, n, 1, 1)), 1)
-    rows, columns = np.arange(side)[:, None] + moves[0], np.arange(side) + moves[1]
+    rows = np.arange(side)[:, None] + moves[0]
+    columns = np.arange(side) + moves[1]
     return padded[np.arange(n)[:, None, None], rows, columns].reshape(images.shape)
 
 
@@ -3127,7 +3089,8 @@ def steps_to_take(model, data, validation, epochs, batch_size, whole=True):
         require(len(inputs) > 0, f"{name}: no inputs", "one input or more")
         finite = np.isfinite(inputs).all()
         require(finite, f"{name}: inputs hold NaN or infinity", "finite numbers")
-    view, one = nnx.view(model, deterministic=True), validation[0][:1]
+    view = nnx.view(model, deterministic=True)
+    one = validation[0][:1]
     for name, part in sets.items():
         require_labels(name, part, nnx.eval_shape(call, view, one).shape[1:])
     rows = epochs * len(data[0])
@@ -3156,7 +3119,8 @@ def train(model, data, validation, *, epochs=40, batch_size=32, seed=0, augment=
     steps = steps_to_take(model, data, validation, epochs, batch_size, whole)
     optimizer = make_optimizer(model, steps, **rates)
     update = nnx.cached_partial(train_step, model, optimizer)  # looked at once
-    losses, history = [], []
+    losses = []
+    history = []
     model.train()
     with progress(steps) as move:
         for batch in batches(data, epochs, batch_size, seed, augment, whole=whole):
@@ -3298,7 +3262,8 @@ def load_parameters(file, model):
     odd = dict(sorted(ours.items() ^ theirs.items()))
     require(not odd, f"{file} differs in {odd}", f"the arrays of the model; {FITTING}")
     for name, array in saved.items():
-        given, real = f"{file}: {name} is {array.dtype}", array.dtype.kind == "f"
+        given = f"{file}: {name} is {array.dtype}"
+        real = array.dtype.kind == "f"
         require(real, given, f"floating-point numbers; {FITTING}")
         finite = (np.abs(array) <= jnp.finfo(params[name].dtype).max).all()
         require(finite, f"{file}: {name} is not finite", f"finite numbers; {FITTING}")
@@ -3346,7 +3311,8 @@ def keep(name, model, history):
 if RUN:
     start = time.perf_counter()
     model, history, test = trained()
-    seconds, (loss, accuracy) = time.perf_counter() - start, evaluate(model, test)
+    seconds = time.perf_counter() - start
+    (loss, accuracy) = evaluate(model, test)
     size = sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
     print(f"{size:,} parameters, {seconds:.0f} seconds, test accuracy {accuracy:.2%}")
     keep("digits.npz", model, history)
@@ -3373,14 +3339,16 @@ def train_here(watch):
 
     watch(done, total, draw) hears of each epoch; draw() is the learning curve so far.
     """
-    start, epochs = time.perf_counter(), inspect.signature(train).parameters["epochs"]
+    start = time.perf_counter()
+    epochs = inspect.signature(train).parameters["epochs"]
 
     def seen(history):
         rows = list(history)
         watch(len(rows), epochs.default, lambda: loss_curve(rows))
 
     model, _, test = train_digits(watch=seen)
-    accuracy, seconds = evaluate(model, test)[1], time.perf_counter() - start
+    accuracy = evaluate(model, test)[1]
+    seconds = time.perf_counter() - start
     return f"Test accuracy {accuracy:.2%} after {seconds:.0f} seconds."
 
 
@@ -3432,244 +3400,8 @@ def predictions():
 # one image. The GRU may well do better with more time or tuning; the question here was
 # what about a minute gives.
 #
-# ### A sequence that does not fit
-#
-# Sixty-four pixels fit into memory many times over. A day of sound does not: the
-# gradient of one loss needs what every layer computed at every sample. But the state
-# sums up the past, so there is no need to have the past at hand. Cut the sequence into
-# *chunks*. Run the model on a chunk, from the state that the last chunk left; take one
-# step of the optimizer; carry the new state over to the next chunk. Memory is needed
-# for one chunk, however long the stream.
-#
-# The price is in the gradient. The state comes in as numbers, and how the parameters
-# made these numbers is forgotten. `stop_gradient` says so. This is *truncated
-# back-propagation through time*. What it gives up: $A$, $B$ and $\Delta$ learn only from
-# what they do within a chunk. What it keeps: $C$ sees the whole state and learns to read
-# from it what is older than the chunk. (A liberty: the state that comes in was made by
-# the parameters of earlier steps, which differ a little.)
-
-# %%
-def stream_loss(model, x, u, target):
-    """Mean squared error on a chunk from state x, a constant; and the state after it.
-
-    Raises ValueError if target has not the shape of the model's answers.
-    """
-    x, y = model.advance(jax.lax.stop_gradient(x), u)
-    require(y.shape == target.shape, f"target has shape {target.shape}", f"{y.shape}")
-    return jnp.mean((y - target) ** 2), x
-
-
-@nnx.jit
-def stream_step(model, optimizer, x, u, target):
-    """Take one step on a chunk. Returns the state after it and the loss."""
-    loss_fn = nnx.value_and_grad(stream_loss, has_aux=True)
-    (loss, x), grads = loss_fn(model, x, u, target)
-    optimizer.update(model, grads)
-    return x, loss
-
-
-# %% [markdown]
-# Around the step, a loop. With `carry=False` it throws the state away and begins every
-# chunk as it began the first. That is training on short pieces, for comparison.
-
-# %%
-def train_on_stream(model, optimizer, chunks, x=None, *, carry=True):
-    """Train on a stream, one step of the optimizer for each of its chunks.
-
-    chunks yields inputs (batch, L, d_input) and targets (batch, L, d_output) in the
-    order of time; x is the state before them, rest if None. Returns the state after
-    them and the losses. Raises FloatingPointError for a loss that is not finite.
-    """
-    model.train()
-    update, losses = nnx.cached_partial(stream_step, model, optimizer), []
-    for u, target in chunks:
-        x = model.init_state(len(u)) if x is None else x
-        after, loss = update(x, u, target)
-        losses.append(float(loss))
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"loss {loss} at chunk {len(losses)}")
-        x = after if carry else x
-    return x, losses
-
-
-# %% [markdown]
-# The task is an echo: say what came in 600 samples ago, while a chunk has 512. Without
-# a carried state nothing of the answer is in sight. The input is noise, made smooth by
-# a filter; the function makes it chunk by chunk and keeps only what is still to echo.
-
-# %%
-def echoes(length, L=512, delay=600, seed=0):
-    """Yield a smooth noise in chunks (1, L, 1), and beside each what came in before."""
-    rng, past = np.random.default_rng(seed), np.zeros(delay)
-    low_pass, z = scipy.signal.butter(2, 0.01), np.zeros(2)
-    for _ in range(length // L):
-        noise = 9.5 * rng.standard_normal(L)  # filtered, its variance is about 1
-        u, z = scipy.signal.lfilter(*low_pass, noise, zi=z)
-        past = np.append(past, u)  # (delay + L,)
-        yield u[None, :, None], past[None, :L, None]
-        past = past[L:]
-
-
-# %% [markdown]
-# Two copies of one small model, with one block, hear the same 262,144 samples, chunk by
-# chunk. One carries its state. Then both hear a fresh stretch. By now the optimizer's
-# rate has fallen to zero, so nothing is learned from it and the losses are a test. They
-# are printed as shares of what the answer "zero" would get.
-
-# %%
-if RUN:
-    start, fresh = time.perf_counter(), list(echoes(2**15, seed=1))
-    slow = dict(dt_min=0.001, dt_max=0.01, pooling="none")
-    learner = S4DModel(1, 1, 16, 64, 1, **slow, rngs=nnx.Rngs(0))
-    twins = learner, make_optimizer(learner, 2**18 // 512, lr=0.02)
-    for carry, state in ((True, "state carried"), (False, "thrown away")):
-        twin = nnx.clone(twins)
-        train_on_stream(*twin, echoes(2**18), carry=carry)
-        _, losses = train_on_stream(*twin, fresh, carry=carry)
-        share = np.mean(losses) / np.mean([target**2 for _, target in fresh])
-        print(f"{state:13s}   error on new samples: {share:.1%}")
-    print(f"{time.perf_counter() - start:.1f} seconds")
-
-
-# %% [markdown]
-# ### A million samples
-#
-# To truncate was a choice. The exact gradient fits into the same memory, if one pays
-# for it with time. What the way back needs of a chunk, all that its layers computed at
-# every sample, can be computed again from the state at its beginning. So on the way
-# forward keep the states between the chunks and forget what is inside. On the way back
-# take the last chunk first: run it once more from its state, find its gradient, and
-# hand the gradient of that state to the chunk before. This is *rematerialization*. For
-# chunks of $S$ samples, memory holds $L/S$ states and the inside of one chunk.
-#
-# `jax.checkpoint` marks what shall be forgotten and run again; `jax.lax.scan` is the
-# loop. Dropout's random stream travels with the state, so that each chunk has masks of
-# its own, and the same ones when it runs again.
-
-# %%
-def draws(model):
-    """Whether a model uses chance when it runs: has it a dropout that is on?"""
-    drops = [part for _, part in nnx.iter_modules(model) if type(part) is nnx.Dropout]
-    return any(drop.rate > 0 and not drop.deterministic for drop in drops)
-
-
-def advance_in_chunks(model, x, u, size, lengths=None):
-    """Advance by chunks of `size` samples, which the gradient computes once more.
-
-    Arguments, results and gradient are those of model.advance for u (batch, L, ...).
-    Raises ValueError for a size that is not a positive integer.
-    """
-    require_count("size", size)
-    u, lengths = admit(u, u.shape[-1], lengths)
-    batch, L, width = u.shape
-    n = -(-L // size)  # chunks, the last filled up
-    u = jnp.pad(u, ((0, 0), (0, n * size - L), (0, 0)))
-    u = u.reshape(batch, n, size, width).swapaxes(0, 1)  # (n, batch, size, width)
-    own = jnp.clip(lengths - size * jnp.arange(n)[:, None], 0, size)  # (n, batch)
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-
-    @jax.checkpoint
-    def chunk(carry, part):
-        x, rest = carry
-        model = nnx.merge(graph, params, rest)
-        x, y = model.advance(x, *part)
-        return (x, nnx.state(model, nnx.Not(nnx.Param))), y
-
-    (x, rest), y = jax.lax.scan(chunk, (carried(x, u), rest), (u, own))
-    if draws(model):
-        nnx.update(model, rest)
-    return x, y.swapaxes(0, 1).reshape(batch, n * size, -1)[:, :L]
-
-
-# %% [markdown]
-# A loss on these answers has a gradient through the whole sequence, and how it was
-# computed cannot be seen in it. So one function serves for both ways, at once by the
-# convolution, and by chunks:
-
-# %%
-@functools.partial(nnx.jit, static_argnames="size")
-def exact_gradient(model, u, target, size=None):
-    """Mean squared error on u (batch, L, d_input) from rest, and its gradient; by
-    chunks of `size` samples, or at once. Raises ValueError if a shape does not fit."""
-
-    def loss(model):
-        x = model.init_state(len(u))
-        y = model(u) if size is None else advance_in_chunks(model, x, u, size)[1]
-        require(y.shape == target.shape, f"target has shape {target.shape}", y.shape)
-        return jnp.mean((y - target) ** 2)
-
-    return nnx.value_and_grad(loss)(model)
-
-
-# %% [markdown]
-# On the first 4,000 samples of an echo both must agree. The chunks of 300 are shorter
-# than the delay of 600, so that what is to be learned lies across their borders: here a
-# truncated gradient would be another one. Then all 1,048,576 samples, in one gradient.
-# (The time includes compiling.)
-
-# %%
-if RUN:
-    u, target = (np.concatenate(parts, 1) for parts in zip(*echoes(2**20)))
-    first = u[:, :4000], target[:, :4000]
-    both = exact_gradient(learner, *first, size=300), exact_gradient(learner, *first)
-    flat = [np.concatenate([g.ravel() for g in jax.tree.leaves(r)]) for r in both]
-    agree("loss and gradient by chunks of 300", flat[0], "at once", flat[1])
-    start = time.perf_counter()
-    jax.block_until_ready(exact_gradient(learner, u, target, size=4096))
-    seconds = time.perf_counter() - start
-    print(f"a gradient through {u.shape[1]:,} samples: {seconds:.0f} seconds")
-
-
-# %% [markdown]
-# What does it cost? `python tests/measure_lengths.py` takes one gradient of a small
-# model, two blocks with 16 channels and a state of 64, in three ways, each point in a
-# process of its own. What it found is kept in `assets/lengths.json`, as Appendix B
-# keeps its accuracies; one function reads such files.
-
-# %%
-import json
-
-
-def measurements(name):
-    """Read what a script in tests/ recorded in NAME.json. {} if it is not here."""
-    here = Path(globals().get("__file__", "annotated_s4d.py")).parent
-    for path in (here / f"{name}.json", here / "assets" / f"{name}.json"):
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
-    return {}
-
-
-# %% [markdown]
-# The parallel scan keeps every state, 32 complex numbers a channel and sample, and is the
-# first that has to stop. The convolution at once keeps no states, but all else at every
-# sample, and its memory grows in step with the length. The chunks' memory stays where it
-# was at one chunk. Their price is a second way forward: at 16,384 samples they are the
-# slower ones. From 262,144 on they win in time as well. The likely reason is that a
-# chunk's arrays stay in the processor's cache, where those of a long transform do not
-# fit.
-
-# %%
-@figure()
-def time_and_memory():
-    """One gradient of a small model against the length of its sequence: seconds, and
-    megabytes beside the data and parameters. By convolution at once, by convolution in
-    chunks of 4,096 samples, and by parallel scan, as far as 8 GB of memory go."""
-    fig, axes = canvas(1, 2, 3.2)
-    ways = measurements("lengths").get("ways", {"no lengths.json here": []})
-    for ax, key in zip(axes, ("seconds", "megabytes")):
-        for way, points in ways.items():
-            taken = [(point["L"], point[key]) for point in points if key in point]
-            ax.loglog(*np.reshape(taken, (-1, 2)).T, "o-", ms=4, label=way)
-        ax.set(xlabel="length $L$", title=key, xlim=(700, 2**21))
-        ax.set_xticks([2**10, 2**15, 2**20], ["1,024", "32,768", "1,048,576"])
-        ax.minorticks_off()
-        ax.legend(fontsize=9)
-    return fig
-
-
-# %% [markdown]
-# *What stands: a trained classifier, and two ways to train on what does not fit. Exercise:
-# for which delays does the twin that throws its state away do as well?*
+# *What stands: a trained classifier. Exercise: by which of the tools above would you
+# notice that a model has learned its training images by heart?*
 
 # %% [markdown]
 # ## Part 12: Streaming and generating
@@ -3721,7 +3453,8 @@ def pixel_by_pixel(index=163, pixels=45):
     """A test digit, as far as it has been read (left), what the model believes at this
     point (middle), and how it came to believe it (right; the true class in orange)."""
     _, _, (images, labels) = trained()
-    belief, label = beliefs(index), labels[index]
+    belief = beliefs(index)
+    label = labels[index]
     fig, (left, middle, right) = canvas(1, 3, 2.6, width_ratios=[1, 1.3, 2])
     seen = np.where(np.arange(64) < pixels, images[index, :, 0], np.nan)
     left.imshow(seen.reshape(8, 8), vmin=-1, vmax=1)
@@ -3795,14 +3528,16 @@ def next_pixel(data):
 def generator_model(seed=0):
     """Return the untrained next-pixel model of this page."""
     rngs = nnx.Rngs(seed, dropout=jax.random.key(seed, impl="rbg"))
-    sizes, memory = (LEVELS + 1, LEVELS, 64, 32, 2), dict(dt_min=0.01, dt_max=0.5)
+    sizes = (LEVELS + 1, LEVELS, 64, 32, 2)
+    memory = dict(dt_min=0.01, dt_max=0.5)
     return S4DModel(*sizes, **memory, pooling="none", dropout=0.1, rngs=rngs)
 
 
 def train_generator(seed=0):
     """Train it. Returns the model, its history and the test data."""
     data, validation, test = map(next_pixel, load_digits())
-    model, rates = generator_model(seed), dict(lr=0.01, ssm_lr=0.002)
+    model = generator_model(seed)
+    rates = dict(lr=0.01, ssm_lr=0.002)
     history = train(
         model, data, validation, epochs=20, batch_size=16, seed=seed, **rates)
     model.eval()
@@ -3905,7 +3640,8 @@ def bits_by_pixel():
     """Bits that each pixel costs, mean over the test images, on one scale from black,
     0, to white, 4. Left, if only its place is known. Middle, if the pixels above and to
     the left are. Right, by the model, which knows all pixels before."""
-    bits, fig = all_bits(), Figure(figsize=(8, 2.9), layout="constrained")
+    bits = all_bits()
+    fig = Figure(figsize=(8, 2.9), layout="constrained")
     names = "its place", "the pixels above and to the left", "all pixels before: S4D"
     titles = "its place", "above and left", "S4D, all before"
     axes = fig.subplots(1, 3)
@@ -3954,7 +3690,8 @@ def next_level(temperature=0.7, top_p=0.9):
     """The probability of each grey level of one pixel, as the model gives it (blue) and
     as it is drawn from, with this temperature and this nucleus (orange)."""
     model, _, (u, _) = trained_generator()
-    scores, (fig, ax) = np.asarray(call(model, u[:1]))[0, 19], canvas(height=2.4)
+    scores = np.asarray(call(model, u[:1]))[0, 19]
+    (fig, ax) = canvas(height=2.4)
     before = np.exp(tempered(scores, 1.0, 1.0))
     after = np.exp(tempered(scores, temperature, top_p))
     for k in range(LEVELS):
@@ -4009,7 +3746,8 @@ def generate(model, prefix, steps, key, temperature=1.0, top_p=1.0):
     At temperature 0 the likeliest level is taken. Raises ValueError for a prefix of
     another shape, steps < 1, temperature < 0, top_p outside (0, 1], or NaN.
     """
-    V, prefix = model.decoder.out_features, np.asarray(prefix)
+    V = model.decoder.out_features
+    prefix = np.asarray(prefix)
     given = f"a model of {model.encoder.in_features} inputs and {V} outputs"
     require(model.encoder.in_features == V + 1, given, "one input more, the start sign")
     fits = prefix.ndim == 2 and len(prefix) > 0 and prefix.dtype.kind in "iu"
@@ -4022,7 +3760,8 @@ def generate(model, prefix, steps, key, temperature=1.0, top_p=1.0):
     require(fits, f"temperature is {temperature}", "0 <= temperature < inf")
     require(0 < top_p <= 1, f"top_p is {top_p}", "0 < top_p <= 1")
     knobs = float(temperature), float(top_p)  # traced: a new value compiles nothing
-    model, prefix = nnx.view(model, deterministic=True), jnp.asarray(prefix, int)
+    model = nnx.view(model, deterministic=True)
+    prefix = jnp.asarray(prefix, int)
     return sample(model, prefix, key, *knobs, steps=int(steps))
 
 
@@ -4132,7 +3871,8 @@ def ten_completed(temperature=0.7, seed=0):
     """The first test digit of each class, and a completion of it. Levels (10, 64)."""
     _, _, (images, labels) = trained()
     levels = grey_levels(images)[[np.argmax(labels == k) for k in range(10)]]
-    half, key = levels[:, :32], jax.random.key(seed)
+    half = levels[:, :32]
+    key = jax.random.key(seed)
     return levels, generate(trained_generator()[0], half, 32, key, temperature)[0]
 
 
@@ -4154,7 +3894,8 @@ if RUN:
 # %%
 def levels_per_second(model, batch, steps):
     """How many levels are drawn in a second, from the start sign; the best of three."""
-    prefix, times = np.zeros((batch, 0), int), []
+    prefix = np.zeros((batch, 0), int)
+    times = []
     for seed in range(4):  # the first compiles
         start = time.perf_counter()
         jax.block_until_ready(generate(model, prefix, steps, jax.random.key(seed)))
@@ -4193,6 +3934,18 @@ if RUN:
 # at once for each training, at its end.
 
 # %%
+import json
+
+
+def measurements(name):
+    """Read what a script in tests/ recorded in NAME.json. {} if it is not here."""
+    here = Path(globals().get("__file__", "annotated_s4d.py")).parent
+    for path in (here / f"{name}.json", here / "assets" / f"{name}.json"):
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+    return {}
+
+
 def evidence(*keys):
     """What tests/measure_evidence.py recorded under these keys; {} if nothing did."""
     found = measurements("evidence")
@@ -4226,7 +3979,8 @@ def across(runs, key="test"):
 
 def told_apart(one, other, key="test"):
     """Whether the means of two lists of runs are two standard errors apart."""
-    (m1, s1), (m2, s2) = across(one, key), across(other, key)
+    (m1, s1) = across(one, key)
+    (m2, s2) = across(other, key)
     return abs(m1 - m2) >= 2 * math.sqrt(s1**2 / len(one) + s2**2 / len(other))
 
 
@@ -4259,9 +4013,11 @@ QUESTIONS = {
 
 def verdicts(experiment, task):
     """Lines on the variants of an experiment: accuracy, and how far from `legs`."""
-    base, lines = evidence("initializations", task).get("legs"), []
+    base = evidence("initializations", task).get("legs")
+    lines = []
     for name, runs in evidence(experiment, task).items():
-        (mean, spread), gain = across(runs), across(runs)[0] - across(base)[0]
+        (mean, spread) = across(runs)
+        gain = across(runs)[0] - across(base)[0]
         sure = runs == base or told_apart(runs, base)
         verdict = f"{gain:+z6.1%}" + ("" if sure else "   inside the noise")
         lines.append(f"{name:12s} {mean:6.1%} ± {spread:.1%}   {verdict}")
@@ -4315,7 +4071,8 @@ def choices_measured(question="starts, 64 pixels"):
 # whether $A$ or $B$ is learned: all inside the noise for both lengths, after so short a
 # training. That $A$ need not be learned as long as $\Delta$ is, which moves all poles
 # of a channel at once, was not what we expected; their places at the start seem to be
-# most of what they give.
+# most of what they give. (In this record all channels of a layer share one draw of
+# `rand`; since then each draws its own.)
 #
 # ### Long memory
 #
@@ -4466,7 +4223,8 @@ def next_sample():
     """Time for one more sample against the number of samples before it, both axes
     logarithmic: S4D, a GRU, and a Transformer that keeps the keys and values of all
     samples. The best of twenty timings, mean of three turns."""
-    (fig, ax), results = canvas(height=2.8), evidence("steps")
+    (fig, ax) = canvas(height=2.8)
+    results = evidence("steps")
     for name in ("s4d", "gru", "transformer"):
         rows = [(int(n), across(results[n][name], "best")[0]) for n in results]
         ax.loglog(*np.reshape(rows, (-1, 2)).T, ".-", ms=8, label=name)
@@ -4505,7 +4263,8 @@ if RUN:
         line = "epoch {epoch:2d}   step {step:5,}   loss {loss:.3f}   validation"
         print((line + " {validation_accuracy:.1%}   {seconds:5,.0f} s").format(**row))
     if run:
-        test, (learned, _, n) = run["test"], run["images"]
+        test = run["test"]
+        (learned, _, n) = run["images"]
         deviation = math.sqrt(test * (1 - test) / n)
         print(f"test accuracy {test:.1%} ± {deviation:.1%}, of {n:,} images")
         epoch = min(np.diff([0] + [row["seconds"] for row in rows])) / 60
@@ -4545,6 +4304,36 @@ if RUN:
 # make little use of a second core: a trace of such a step (`jax.profiler.trace`, JAX
 # 0.10) shows most of them on a single one.
 #
+# ### ★ A GELU and a linear map of our own
+#
+# Part 8 wrote two things that its libraries have. JAX's GELU is written with
+# $\mathrm{erfc} = 1 - \mathrm{erf}$, so that the tiny results far on the negative side
+# keep all their digits. We do not need those, and `erf` is shorter work. And `Linear`
+# lays all samples of a batch in one long row. That changes no number. But the gradient
+# of its weights is a sum over all samples, and for a sum over two axes, batch and time,
+# XLA, the compiler inside JAX, first makes a transposed copy of what comes in. What
+# both are worth on this machine:
+
+# %%
+if RUN:
+    many = jax.random.normal(jax.random.key(0), (16, 1024, 64))
+    library = functools.partial(jax.nn.gelu, approximate=False)
+    agree("GELU by erf", gelu(many), "JAX's, by erfc", library(many))
+    losses = [lambda y, f=f: (f(y) ** 2).sum() for f in (gelu, library)]
+    ours, theirs = (best_time(jax.value_and_grad(loss), many) for loss in losses)
+    print(f"time of JAX's, with its gradient, by that of ours: {theirs / ours:.1f}")
+    times = []
+    for kind in (Linear, nnx.Linear):
+        graph, params = nnx.split(kind(64, 128, rngs=nnx.Rngs(0)))
+
+        def loss(params, u, graph=graph):
+            return (nnx.merge(graph, params)(u) ** 2).sum()
+
+        times.append(best_time(jax.grad(loss), params, many))
+    print(f"the gradient of nnx.Linear by that of ours: {times[1] / times[0]:.1f}")
+
+
+# %% [markdown]
 # *What stands: the choices of this page, measured, with their noise. Exercise: the rule
 # above takes the test images as given. Each of 360 images is a draw, too. How far apart
 # must two accuracies of about 95% be, before other images would agree?*
@@ -4561,7 +4350,8 @@ if RUN:
 def scipy_views(A, B, C, dt, u):
     """The output (H, L) by SciPy in double precision, from float32 parameters."""
     A, B, C, dt, u = (np.asarray(v).astype(complex) for v in (A, B, C, dt[:, None], u))
-    A_bar, gain = np.exp(dt * A), C * np.expm1(dt * A) / A * B
+    A_bar = np.exp(dt * A)
+    gain = C * np.expm1(dt * A) / A * B
     modes = [
         [scipy.signal.lfilter([g], [1, -a], row) for a, g in zip(poles, gains)]
         for poles, gains, row in zip(A_bar, gain, u)
@@ -4578,10 +4368,13 @@ def all_views(layer, u):
     """The output (H, L) of a layer's systems for u (H, L), in every way we have."""
     A, B, C, dt = layer.system()
     A_bar, B_bar = s4d_discretize(A, B, dt)
-    rest, K, L = pole_rest(A, dt, A_bar), layer.kernel(u.shape[-1]), u.shape[-1]
+    rest = pole_rest(A, dt, A_bar)
+    K = layer.kernel(u.shape[-1])
+    L = u.shape[-1]
     step = functools.partial(s4d_step, A, B, C, dt)
     _, steps = jax.lax.scan(step, layer.init_state(1)[0], u.T)
-    x, chunks = layer.init_state(1), []
+    x = layer.init_state(1)
+    chunks = []
     for part in (u[:, :77], u[:, 77:78], u[:, 78:]):
         x, y = s4d_advance(A, B, C, dt, x, part[None], jnp.array([part.shape[-1]]))
         chunks.append(y[0])
@@ -4606,7 +4399,8 @@ def all_views(layer, u):
 if RUN:
     noise = jax.random.normal(jax.random.key(2), (4, 300))
     views = all_views(S4D(4, 16, rngs=nnx.Rngs(3)), noise)
-    names, y = list(views), np.array([np.asarray(v, float) for v in views.values()])
+    names = list(views)
+    y = np.array([np.asarray(v, float) for v in views.values()])
     errors = np.abs(y[:, None] - y).max((2, 3)) / np.abs(y).max()  # (views, views)
     print(" " * 11 + "".join(f"{name:>12s}" for name in names[:-1]))
     for name, row in zip(names[1:], errors[1:]):
@@ -4625,7 +4419,7 @@ if RUN:
 # | convolution | FFT padded to $2L$ | twisted FFT of length $L$ | nothing to pad or cut off |
 # | recurrence | rounded $\bar A$ | $\bar A$ and what rounding cut off | agrees with the convolution |
 # | $B$ | fixed to 1 in the minimal code | learned, starts at 1 | its gradient is there anyway |
-# | LegS | $B/2$ of HiPPO in the eigenbasis | $B = 1$ for every start, as in the authors' code | $C$ is random |
+# | LegS | $B/2$ of HiPPO in the eigenbasis | $B = 1$ for every start; HiPPO's by `B_init` (Appendix A) | $C$ is random |
 # | block | S4D, GLU, residual | the same and an FFN | as in a Transformer |
 # | step | discretized once, before the first | at each step | nothing can go stale |
 # | DSS | softmax over the length of each call, $\Re A$ free | over `l_max`, $\Re A < 0$ | a step does not know the length; no division by zero |
@@ -4665,6 +4459,8 @@ if RUN:
 #   (truncated back-propagation through time)
 # - H. Mehta, A. Gupta, A. Cutkosky, B. Neyshabur. [Long Range Language Modeling via
 #   Gated State Spaces](https://arxiv.org/abs/2206.13947). 2022. (the gate)
+# - K. Ohno, S. Kanai, Y. Ida. [Fast Saturating Gate for Learning Long Time Scales with
+#   Recurrent Neural Networks](https://arxiv.org/abs/2210.01348). 2022. (`dt_fast`)
 # - D. Hendrycks, K. Gimpel. [Gaussian Error Linear Units
 #   (GELUs)](https://arxiv.org/abs/1606.08415). 2016.
 # - P. Y. Simard, D. Steinkraus, J. C. Platt. [Best Practices for Convolutional Neural
@@ -4681,9 +4477,10 @@ if RUN:
 # ## Appendix A: All options of the layer
 #
 # The layer of Part 8 is as small as the idea. The authors' own has many more switches,
-# because nobody knew beforehand which would matter. `GeneralS4D` has them all, and with
-# its defaults it is the layer of Part 8. They fall into three groups: how the numbers
-# are stored, how many systems there are, and what surrounds them.
+# because nobody knew beforehand which would matter. `GeneralS4D` has nearly all of them,
+# and with its defaults it is the layer of Part 8. They fall into three groups: how the
+# numbers are stored, how many systems there are, and what surrounds them. What it has
+# not, and why, is listed after it.
 #
 # ### How the numbers are stored
 #
@@ -4721,117 +4518,135 @@ IMAGINARY = {
 
 
 # %% [markdown]
+# - `dt_transform`, `real_transform` and `imag_transform` name the form of $\Delta$, of
+#   $-\Re A$ and of $\Im A$.
+# - `dt_fast`: what is stored is read through the hyperbolic sine first (an idea of
+#   Ohno, Kanai and Ida, 2022, for gates). The start is the same. But $\log \Delta$ lies
+#   between -7 and -2, where that sine is two to seven times as steep as a straight line:
+#   the same step of the optimizer moves it further.
+# - `B_init="legs"`: with the poles of `legs`, $B$ begins as HiPPO's, $V^* B$ in the basis
+#   of Part 7, and not as 1. (The half that stood before it there is left to $C$.)
+# - `is_real`: $N$ real modes instead of $N/2$ pairs. A real mode has no partner, so the
+#   factor 2 of the pairs is taken out of $C$.
+# - `deterministic`: no chance at the start. $\Delta$ is evenly spaced in its logarithm,
+#   $C$ and $D$ are one.
+#
 # ### How many systems
 #
-# - `n_ssm`: so many systems serve all channels. Each is copied to several channels,
-#   which then differ in $C$ and $D$ alone.
+# - `n_ssm`: so many pairs of $A$ and $B$ serve all channels. Each is copied to several
+#   of them, which then differ in $\Delta$, $C$ and $D$.
 # - `channels`: each system has several outputs, by several $C$. They share the state,
 #   since $C$ only reads it.
 # - `bidirectional`: a second kernel runs backwards, from the end of the row.
 # - `dt_tie=False`: each mode has a $\Delta$ of its own. Nothing new has to be derived.
 #   Only $\Delta A$ and $\Delta B$ matter, so we multiply them out and count time in
 #   steps.
-# - `is_real`: $N$ real modes instead of $N/2$ pairs. A real mode has no partner, so the
-#   factor 2 of the pairs is taken out of $C$.
-# - `deterministic`: no chance at the start. $\Delta$ is evenly spaced in its logarithm,
-#   $C$ and $D$ are one.
 # - `rate` multiplies $\Delta$. A layer that learned from samples of 1 ms reads samples
 #   of 2 ms with `rate=2`: the system is the same, we look at it more rarely.
+# - `bandlimit`: half the sampling rate is the fastest frequency that samples can tell
+#   from a slower one. Modes faster than this share of it, at the current `rate`, fall
+#   silent: their $C$ counts as zero, in every view.
 #
 # Some pairs of options contradict each other. They are refused, like any value out of
 # range, when the layer is made.
 
 # %%
-def check_general(H, n_ssm, dt_transform, real_transform, imag_transform, is_real,
-                  deterministic, init, rate, **switches):
+def check_general(H, n_ssm, init, is_real, deterministic, bandlimit, rate, switches,
+                  **forms):
     """Raise ValueError for options of GeneralSSM that cannot be."""
     require_count("n_ssm", n_ssm)
     require(H % n_ssm == 0, f"n_ssm is {n_ssm}", f"divisors of {H}")
-    require_choice("dt_transform", dt_transform, ("exp", "softplus"))
-    require_choice("real_transform", real_transform, tuple(POSITIVE))
-    require_choice("imag_transform", imag_transform, tuple(IMAGINARY))
+    choices = dict(B_init=("constant", "legs"), dt_transform=("exp", "softplus"),
+                   real_transform=tuple(POSITIVE), imag_transform=tuple(IMAGINARY))
+    for name, form in forms.items():
+        require_choice(name, form, choices[name])
     switches |= dict(is_real=is_real, deterministic=deterministic)
     for name, value in switches.items():
         require(isinstance(value, bool), f"{name} is {value!r}", "True, False")
+    require(0 < rate < math.inf, f"rate is {rate}", "0 < rate, finite")
+    if bandlimit is not None:
+        fits = 0 < bandlimit < math.inf
+        require(fits, f"bandlimit is {bandlimit}", "0 < bandlimit, finite; None")
     if is_real:
         require(init == "real", f"is_real with init {init!r}", "init 'real'")
-        given = f"is_real with imag_transform {imag_transform!r}"
-        require(imag_transform == "none", given, "'none', there is no Im A")
+        given = f"is_real with imag_transform {forms['imag_transform']!r}"
+        require(forms["imag_transform"] == "none", given, "'none', there is no Im A")
+        require(bandlimit is None, f"bandlimit is {bandlimit} with is_real", "None")
     if deterministic:
         require(init != "rand", "deterministic with init 'rand'", "any other init")
-    if real_transform == "sigmoid":  # -Re A ends at 1
+    if forms["real_transform"] == "sigmoid":  # -Re A ends at 1
         require(init != "real", "real_transform 'sigmoid' with init 'real'", "others")
-    require(0 < rate < math.inf, f"rate is {rate}", "0 < rate, finite")
+    if forms["B_init"] == "legs":
+        require(init == "legs", f"B_init 'legs' with init {init!r}", "init 'legs'")
 
 
 # %% [markdown]
-# What chance decides, or does not: the places of the $\Delta$ in their range, and $C$
-# and $D$.
+# The class makes the systems, stores their numbers in the chosen forms, and `system`
+# reads them back and copies them to the $H$ channels. All that Parts 3 to 6 can do with
+# a system they do with this one.
 
 # %%
-def spread(shape, chance):
-    """Numbers from 0 to 1: random if there is chance, a source of keys; else even."""
-    even = jnp.linspace(0, 1, math.prod(shape)).reshape(shape)
-    return jax.random.uniform(chance(), shape) if chance else even
+class GeneralSSM(S4D):
+    """H systems. log_dt (H,), or (H, N/2) without dt_tie, log_A_real and A_imag
+    (n_ssm, N/2), B (n_ssm, N/2, 2) hold the stored numbers, C (*heads, H, N/2, 2),
+    D (channels, H); S4's repository, s4.py."""
 
-
-@broadcasting
-def outputs(C_shape, D_shape, chance):
-    """C (*C_shape, 2), pairs of real numbers, and D: random, or constant."""
-    if chance:
-        C = jax.random.normal(chance(), (*C_shape, 2)) * 0.5**0.5
-        return C, jax.random.normal(chance(), D_shape)
-    return jnp.ones((*C_shape, 1)) * jnp.array([1.0, 0.0]), jnp.ones(D_shape)
-
-
-# %% [markdown]
-# The class makes `n_ssm` systems as Part 8 does and stores their numbers in the chosen
-# forms.
-
-# %%
-class StoredSSM(S4D):
-    """n_ssm systems for H channels. log_dt, log_A_real, A_imag hold the stored numbers
-    of each system, C (*heads, H, N/2), D (channels, H). S4's repository, s4.py.
-    """
-
-    def __init__(self, H, d_state, channels=1, bidirectional=False, *, n_ssm=None,
-                 dt_tie=True, dt_transform="exp", real_transform="exp",
-                 imag_transform="none", is_real=False, deterministic=False, rate=1.0,
-                 init="legs", dt_min=0.001, dt_max=0.1, rngs, **options):
+    @broadcasting
+    def __init__(self, H, d_state=64, *, channels=1, bidirectional=False, n_ssm=None,
+                 init="legs", B_init="constant", discretization="zoh", dt_min=0.001,
+                 dt_max=0.1, dt_tie=True, dt_fast=False, dt_transform="exp",
+                 real_transform="exp", imag_transform="none", is_real=False,
+                 deterministic=False, bandlimit=None, rate=1.0, rngs):
         n_ssm = H if n_ssm is None else n_ssm
-        check_general(H, n_ssm, dt_transform, real_transform, imag_transform, is_real,
-                      deterministic, init, rate, dt_tie=dt_tie)
-        d_state = require_count("d_state", d_state)
-        modes = 2 * d_state if is_real else d_state
-        super().__init__(n_ssm, modes, init=init, dt_min=dt_min, dt_max=dt_max,
-                         final_act=None, rngs=rngs, **options)
-        self.is_real, self.rate, self.copies = is_real, rate, H // n_ssm
-        self.dt_transform, self.real_transform = dt_transform, real_transform
+        check_general(H, n_ssm, init, is_real, deterministic, bandlimit, rate,
+                      dict(dt_tie=dt_tie, dt_fast=dt_fast), B_init=B_init,
+                      dt_transform=dt_transform, real_transform=real_transform,
+                      imag_transform=imag_transform)
+        check_range(discretization, dt_min, dt_max)
+        d_state = require_count("d_state", d_state, multiple=1 if is_real else 2)
+        N = 2 * d_state if is_real else d_state
+        self.method = discretization
+        self.rate = rate
+        self.bandlimit = bandlimit
+        self.is_real = is_real
+        self.dt_fast = dt_fast
+        self.dt_transform = dt_transform
+        self.real_transform = real_transform
         self.imag_transform = imag_transform
         _, store_dt = POSITIVE[dt_transform]
         _, store_decay = POSITIVE[real_transform]
         _, store_frequency = IMAGINARY[imag_transform]
-        half, chance = self.A_imag.shape, None if deterministic else rngs.params
-        dt = dt_min * (dt_max / dt_min) ** spread(half[: 2 - dt_tie], chance)
-        self.log_dt = nnx.Param(store_dt(dt))
-        self.log_A_real = nnx.Param(store_decay(jnp.exp(self.log_A_real[...])))
-        self.A_imag = nnx.Param(store_frequency(self.A_imag[...]))
-        several = (channels,) * (channels > 1)
-        heads = (2,) * bidirectional + several
-        C, D = outputs((*heads, H, half[1]), (*several, H), chance)
+
+        A = first_poles(init, n_ssm, N, rngs.params())
+        several = (channels,) if channels > 1 else ()
+        heads = (2, *several) if bidirectional else several
+        dt_shape = (H,) if dt_tie else (H, N // 2)
+        C_shape = (*heads, H, N // 2)
+        if deterministic:
+            place = jnp.linspace(0, 1, math.prod(dt_shape)).reshape(dt_shape)
+            C = jnp.ones(C_shape) + 0j
+            D = jnp.ones((*several, H))
+        else:
+            place = jax.random.uniform(rngs.params(), dt_shape)
+            C = jax.random.normal(rngs.params(), (*C_shape, 2)) * 0.5**0.5
+            C = jax.lax.complex(C[..., 0], C[..., 1])
+            D = jax.random.normal(rngs.params(), (*several, H))
+        if B_init == "legs":
+            B = legs_normal(N)[1][:, N // 2 :].conj().T @ hippo_legs(N)[1]
+        else:
+            B = np.ones(N // 2) + 0j
+        B = jnp.broadcast_to(B, A.shape)
+        dt = store_dt(dt_min * (dt_max / dt_min) ** place)
+        self.log_dt = nnx.Param(jnp.arcsinh(dt) if dt_fast else dt)
+        self.log_A_real = nnx.Param(store_decay(-A.real))
         if is_real:
-            C, self.B = C[..., 0], nnx.Param(self.B[..., 0])
-            del self.A_imag
-        self.C, self.D = nnx.Param(C), nnx.Param(D)
-
-
-# %% [markdown]
-# Its `system` reads the numbers back and copies them to the $H$ channels. All that
-# Parts 3 to 6 can do with a system they do with this one.
-
-# %%
-class GeneralSSM(StoredSSM):
-    """The systems that the stored numbers mean."""
+            self.B = nnx.Param(B.real)
+            self.C = nnx.Param(C.real)
+        else:
+            self.A_imag = nnx.Param(store_frequency(A.imag))
+            self.B = nnx.Param(jnp.stack([B.real, B.imag], -1))
+            self.C = nnx.Param(jnp.stack([C.real, C.imag], -1))
+        self.D = nnx.Param(D)
 
     @broadcasting
     def system(self):
@@ -4839,16 +4654,23 @@ class GeneralSSM(StoredSSM):
         decay, _ = POSITIVE[self.real_transform]
         step, _ = POSITIVE[self.dt_transform]
         A = -decay(precise(self.log_A_real))
-        dt = step(precise(self.log_dt)) * self.rate
         if self.is_real:  # y = 2 Re(C x) counts on a partner
             A, B, C = A + 0j, precise(self.B) + 0j, precise(self.C) / 2 + 0j
         else:
             frequency, _ = IMAGINARY[self.imag_transform]
             A = jax.lax.complex(A, frequency(precise(self.A_imag)))
             B, C = pairs(self.B), pairs(self.C)
-        if dt.ndim > 1:  # a dt for each mode: count time in steps
-            A, B, dt = A * dt, B * dt, jnp.ones_like(dt[:, 0])
-        A, B, dt = (jnp.repeat(p, self.copies, axis=0) for p in (A, B, dt))
+        stored = precise(self.log_dt)
+        dt = step(jnp.sinh(stored) if self.dt_fast else stored) * self.rate
+        copies = len(dt) // len(A)
+        A = jnp.repeat(A, copies, axis=0)
+        B = jnp.repeat(B, copies, axis=0)
+        dt_each = dt if dt.ndim == 2 else dt[:, None]  # of each mode
+        if self.bandlimit is not None:
+            turns = jnp.abs(A.imag) * dt_each / (2 * math.pi)  # per sample
+            C = jnp.where(turns < self.bandlimit / 2, C, 0)
+        if dt.ndim == 2:  # count time in steps
+            return A * dt_each, B * dt_each, C, jnp.ones(len(dt))
         return A, B, C, dt
 
     def init_state(self, batch):
@@ -4872,31 +4694,29 @@ class GeneralSSM(StoredSSM):
 
 # %%
 class GeneralMixer(Mixer):
-    """From y (..., L, channels H / bottleneck) and the layer's input u (..., L, H) to
-    the layer's output (..., L, H)."""
+    """From y (..., L, d_inner) and the layer's input u (..., L, H) to the layer's
+    output (..., L, H); d_inner is channels H / bottleneck."""
 
     def __init__(self, d_inner, d_model, final_act, dropout, gate, tie_dropout, *,
                  rngs):
-        super().__init__(d_model, final_act, dropout, rngs=rngs)
         if gate is not None:
             require_count("gate", gate)
         width = d_inner if gate is None else gate * d_model
-        fits = self.act or width == d_model
+        fits = final_act is not None or width == d_model
         given = f"final_act is None with {width} numbers to mix"
         require(fits, given, f"{d_model}: no gate, bottleneck or channels")
-        if self.act:
-            self.linear = affine(width, self.linear.out_features, rngs)
-        if gate is not None:
+        super().__init__(d_model, final_act, dropout, d_inner=width, rngs=rngs)
+        self.gated = gate is not None
+        if self.gated:
             self.gate = affine(d_inner, width, rngs)
             self.branch = affine(d_model, width, rngs)
-        self.gated = gate is not None
         if tie_dropout:
-            self.dropout = nnx.Dropout(dropout, broadcast_dims=(-2,), rngs=rngs)
+            self.dropout.broadcast_dims = (-2,)
 
     def __call__(self, y, u):
-        y = FINAL_ACTS["gelu"](y)
+        y = gelu(y)
         if self.gated:
-            y = self.gate(y) * FINAL_ACTS["gelu"](self.branch(u))
+            y = self.gate(y) * gelu(self.branch(u))
         y = self.dropout(y)
         return self.act(self.linear(y)) if self.act else y
 
@@ -4934,12 +4754,24 @@ def check_around(d_model, bottleneck, channels, l_max, **switches):
 
 
 # %% [markdown]
-# Now the frame, which a sequence enters and leaves: turned, checked and narrowed on the
-# way in, and with the wire $D$ mixed on the way out.
+# The layer, last. A sequence *enters* it: it is turned, checked and narrowed. And it
+# *leaves* it: the wire $D$ is added, and the outputs are mixed. Between the two are the
+# three ways to run of Part 8. Several $C$ are mapped over with `jax.vmap`; the state does
+# not depend on $C$ and is computed once. A layer with two directions would have to know
+# the future, and a kernel that ends is not a state that fades: these two refuse to `step`
+# and to `advance`. Two more names are those of the authors' code: `d_output`, the width
+# of the output, and `default_state`, a state of rest.
 
 # %%
-class Surrounded(GeneralSSM):
-    """General systems, and what a sequence goes through before and after them."""
+class GeneralS4D(GeneralSSM):
+    """S4D with all options. u and y (batch, L, H), or (batch, H, L) if transposed; x
+    (batch, H / bottleneck, N/2), or N real numbers if is_real.
+
+    Options: those of S4D and B_init, bidirectional, channels, n_ssm, dt_tie, dt_fast,
+    dt_transform, real_transform, imag_transform, is_real, deterministic, bottleneck,
+    gate, tie_dropout, transposed, l_max, bandlimit, rate. Raises ValueError for what
+    cannot be.
+    """
 
     def __init__(self, d_model, d_state=64, *, dropout=0.0, final_act="glu",
                  bidirectional=False, channels=1, bottleneck=None, gate=None,
@@ -4947,24 +4779,42 @@ class Surrounded(GeneralSSM):
         check_around(d_model, bottleneck, channels, l_max, bidirectional=bidirectional,
                      tie_dropout=tie_dropout, transposed=transposed)
         H = d_model // (bottleneck or 1)
-        super().__init__(H, d_state, channels, bidirectional, rngs=rngs, **options)
+        super().__init__(H, d_state, channels=channels, bidirectional=bidirectional,
+                         rngs=rngs, **options)
         self.mixer = GeneralMixer(
             channels * H, d_model, final_act, dropout, gate, tie_dropout, rngs=rngs)
-        self.bottleneck = bottleneck is not None
-        if self.bottleneck:
-            self.narrow = affine(d_model, H, rngs)
-        self.d_model, self.shape = d_model, (H, self.log_A_real.shape[-1])
-        self.channels, self.directions = channels, 1 + bidirectional
-        self.transposed, self.l_max = transposed, l_max
+        self.narrow = affine(d_model, H, rngs) if bottleneck else None
+        self.d_model = d_model
+        self.shape = (H, self.log_A_real.shape[-1])
+        self.channels = channels
+        self.directions = 1 + bidirectional
+        self.transposed = transposed
+        self.l_max = l_max
 
-    def enter(self, u, lengths):
+    @property
+    def d_output(self):
+        """The width of the output, that of the input."""
+        return self.d_model
+
+    def default_state(self, *batch):
+        """Return a state of rest, zeros (*batch, H / bottleneck, N/2)."""
+        x = self.init_state(math.prod(batch))
+        return x.reshape(*batch, *x.shape[1:])
+
+    def kernel(self, L):
+        """Return K (*heads, H, L); heads are (2,) if bidirectional, then channels."""
+        short = min(L, self.l_max or L)
+        K = super().kernel(short)
+        return jnp.pad(K, [(0, 0)] * (K.ndim - 1) + [(0, L - short)])
+
+    def enter(self, u, lengths=None):
         """Check a sequence. Returns u (batch, L, H), v (batch, H / bottleneck, L), the
         systems' input, zero after the end of a row, and lengths."""
         if self.transposed:
             require(u.ndim == 3, f"u has shape {u.shape}", "(batch, H, L)")
             u = u.swapaxes(1, 2)
         u, lengths = admit(u, self.d_model, lengths)
-        v = self.narrow(u) if self.bottleneck else u
+        v = self.narrow(u) if self.narrow else u
         return u, masked(v, lengths).swapaxes(1, 2), lengths
 
     @broadcasting
@@ -4976,52 +4826,23 @@ class Surrounded(GeneralSSM):
         y = masked(self.mixer(y.swapaxes(1, 2), u), lengths)
         return y.swapaxes(1, 2) if self.transposed else y
 
+    def take(self, how, x, v, *more):
+        """Step or take a chunk with each C. Returns x, and y (batch, channels, ...)."""
+        allowed = "calls; step and advance cannot know the future"
+        require(self.directions == 1, "the layer is bidirectional", allowed)
+        allowed = "calls; the state of step and advance has no end"
+        require(self.l_max is None, f"the kernel ends at l_max {self.l_max}", allowed)
+        shape = (v.shape[0], *self.shape)
+        require(x.shape == shape, f"x has shape {x.shape}", f"{shape}")
+        x = jnp.asarray(x, complex)
+        A, B, C, dt = self.system()
 
-# %% [markdown]
-# Inside it the three ways to run are those of Part 8. Several $C$ are mapped over with
-# `jax.vmap`; the state does not depend on $C$ and is computed once. A layer with two
-# directions would have to know the future, and a kernel that ends is not a state that
-# fades: these two refuse to `step` and to `advance`.
+        def one(C):
+            return how(A, B, C, dt, x, v, *more, self.method)
 
-# %%
-def each_output(layer, take, x, v, *more):
-    """Take a step or a chunk with each C of a general layer. Returns x, and y
-    (batch, channels, ...)."""
-    allowed = "calls; step and advance cannot know the future"
-    require(layer.directions == 1, "the layer is bidirectional", allowed)
-    allowed = "calls; the state of step and advance has no end"
-    require(layer.l_max is None, f"the kernel ends at l_max {layer.l_max}", allowed)
-    shape = (v.shape[0], *layer.shape)
-    require(x.shape == shape, f"x has shape {x.shape}", f"{shape}")
-    x = jnp.asarray(x, complex)
-    A, B, C, dt = layer.system()
-
-    def one(C):
-        return take(A, B, C, dt, x, v, *more, layer.method)
-
-    x, y = jax.vmap(one, out_axes=(None, 1))(C.reshape(layer.channels, *layer.shape))
-    return x.real if layer.is_real else x, y
-
-
-# %% [markdown]
-# The layer, last, has the three ways to run of Part 8, with `enter` before and `leave`
-# after each.
-
-# %%
-class GeneralS4D(Surrounded):
-    """S4D with all options. u and y (batch, L, H), or (batch, H, L) if transposed; x
-    (batch, H / bottleneck, N/2), or N real numbers if is_real.
-
-    Options: those of S4D and bidirectional, channels, n_ssm, dt_tie, dt_transform,
-    real_transform, imag_transform, is_real, deterministic, bottleneck, gate,
-    tie_dropout, transposed, l_max, rate. Raises ValueError for what cannot be.
-    """
-
-    def kernel(self, L):
-        """Return K (*heads, H, L); heads are (2,) if bidirectional, then channels."""
-        short = min(L, self.l_max or L)
-        K = super().kernel(short)
-        return jnp.pad(K, [(0, 0)] * (K.ndim - 1) + [(0, L - short)])
+        C = C.reshape(self.channels, *self.shape)
+        x, y = jax.vmap(one, out_axes=(None, 1))(C)
+        return x.real if self.is_real else x, y
 
     def __call__(self, u, lengths=None):
         u, v, lengths = self.enter(u, lengths)
@@ -5034,14 +4855,13 @@ class GeneralS4D(Surrounded):
     def step(self, x, u):
         require(u.ndim == 2, f"u has shape {u.shape}", f"(batch, {self.d_model})")
         one = u[:, :, None] if self.transposed else u[:, None]
-        w, v, lengths = self.enter(one, None)
-        x, y = each_output(self, s4d_step, x, v[..., 0])
+        w, v, lengths = self.enter(one)
+        x, y = self.take(s4d_step, x, v[..., 0])
         return x, self.leave(y[..., None], v, w, lengths).reshape(u.shape)
 
     def advance(self, x, u, lengths=None, every=False):
         u, v, lengths = self.enter(u, lengths)
-        take = s4d_every if every else s4d_advance
-        x, y = each_output(self, take, x, v, lengths)
+        x, y = self.take(s4d_every if every else s4d_advance, x, v, lengths)
         return x, self.leave(y, v, u, lengths)
 
 
@@ -5062,12 +4882,12 @@ LAYERS["general"] = GeneralS4D
 # %%
 if RUN:
     v = jax.random.normal(jax.random.key(1), (2, 100, 4))
-    plain, general = (make(4, 16, rngs=nnx.Rngs(0)) for make in (S4D, GeneralS4D))
-    nnx.update(general, nnx.state(plain, nnx.Param))
-    agree("GeneralS4D, defaults", call(general, v), "S4D", call(plain, v))
-    many = dict(channels=3, n_ssm=1, bottleneck=2, gate=2, dt_tie=False, rate=2.0)
-    many |= dict(real_transform="softplus", init="lin", discretization="bilinear")
-    general = GeneralS4D(4, 16, **many, rngs=nnx.Rngs(0))
+    layer, general = (make(4, 16, rngs=nnx.Rngs(0)) for make in (S4D, GeneralS4D))
+    nnx.update(general, nnx.state(layer, nnx.Param))
+    agree("GeneralS4D, defaults", call(general, v), "S4D", call(layer, v))
+    many = dict(channels=3, n_ssm=1, bottleneck=2, gate=2, dt_tie=False, dt_fast=True)
+    many |= dict(real_transform="softplus", B_init="legs", discretization="bilinear")
+    general = GeneralS4D(4, 16, **many, bandlimit=0.5, rate=2.0, rngs=nnx.Rngs(0))
     x, y = run_steps(general, v)
     agree("many options, stepped", y, "called", call(general, v), 5e-5)
     model = S4DModel(4, 3, 8, 16, 1, kernel="general", bidirectional=True,
@@ -5080,8 +4900,112 @@ if RUN:
         GeneralS4D(4, 16, rate=rate, final_act=None, rngs=nnx.Rngs(0))
         for rate in (1.0, 2.0)
     )
-    seconds, firsts = call(coarse, smooth[:, ::2]), call(fine, smooth)[:, ::2]
+    seconds = call(coarse, smooth[:, ::2])
+    firsts = call(fine, smooth)[:, ::2]
     agree("every second sample", seconds, "all samples", firsts, 0.02)
+
+
+# %% [markdown]
+# What the authors' layer has besides, and why this one has not:
+#
+# | option of theirs | why not here |
+# |:-----------------|:-------------|
+# | `rank`, `disc="dss"` | they make another system of it: S4 and DSS, Appendix B |
+# | starts `legt`, `fourier` and mixtures | more rank-one terms to drop, and nothing says that one may |
+# | `lr`, `wd` | they belong to the optimizer: `make_optimizer` in Part 11 |
+# | `drop_kernel` | a mask over the kernel's steps, which no recurrence has: a call and steps would differ |
+# | `activation`, `gate_act`, `mult_act`, `initializer`, `weight_norm` | they concern what surrounds the systems, where a layer of your own is as short as an option |
+# | `swap_channels`, `backend`, `verbose` | an order of rows, a choice of program and a wish to be told; no number changes |
+
+
+# %% [markdown]
+# ### A backbone to pick up
+#
+# To use S4D inside something larger, one wants a single call that makes a vector of a
+# window of samples. `build` is that call. It reads `window_size` samples of `embed_dim`
+# features each, and returns what the last of them has gathered, `hidden_size` numbers.
+# Three companions take the same arguments and compute nothing: `output_size` says how
+# wide the output is, `param_count` how many parameters there are,
+# `recommended_defaults` what the arguments of `build` are when some are left out. The
+# count is read off the shapes of the real model.
+
+# %%
+class S4DBackbone(nnx.Module):
+    """What `build` returns: (batch, window_size, embed_dim) to (batch, hidden_size)."""
+
+    def __init__(self, embed_dim, hidden_size, state_size, num_layers, window_size,
+                 *, rngs, **options):
+        require_count("embed_dim", embed_dim)
+        if window_size is not None:
+            require_count("window_size", window_size)
+        self.window_size = window_size
+        self.stack = S4DStack(hidden_size, state_size, num_layers, rngs=rngs, **options)
+        self.encoder = affine(embed_dim, hidden_size, rngs, nnx.Linear)
+        self.pooling = Pooling("last", hidden_size)
+
+    def __call__(self, u, lengths=None):
+        u, lengths = admit(u, self.encoder.in_features, lengths, shortest=1)
+        fits = self.window_size in (None, u.shape[1])
+        require(fits, f"u has {u.shape[1]} samples", f"window_size, {self.window_size}")
+        return self.pooling(self.stack(self.encoder(u), lengths), lengths)
+
+
+# %% [markdown]
+# The function that makes it has a name and an order of arguments that are easy to
+# remember:
+
+# %%
+def build(embed_dim, hidden_size=256, state_size=64, num_layers=4, dropout=0.1,
+          window_size=60, *, rngs, **options):
+    """Return a backbone: (batch, window_size, embed_dim) to (batch, hidden_size).
+
+    window_size None takes any length. Options are those of S4DBlock. Raises ValueError
+    for a value out of range, TypeError for an unknown option.
+    """
+    return S4DBackbone(embed_dim, hidden_size, state_size, num_layers, window_size,
+                       dropout=dropout, rngs=rngs, **options)
+
+
+# %% [markdown]
+# Its companions ask `build` itself for its arguments, so that they cannot disagree with
+# it.
+
+# %%
+def output_size(*args, **options):
+    """Return the width of the output of `build` with these arguments."""
+    return recommended_defaults(*args, **options)["hidden_size"]
+
+
+def param_count(*args, **options):
+    """Return the exact number of parameters of `build` with these arguments."""
+    options = recommended_defaults(*args, **options)
+    model = nnx.eval_shape(lambda: build(**options, rngs=nnx.Rngs(0)))
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def recommended_defaults(*args, **options):
+    """Return all arguments of `build`, as a dict: the given ones and the defaults."""
+    call = inspect.signature(build).bind_partial(*args, **options)
+    call.apply_defaults()
+    options = call.arguments.pop("options", {})
+    call.arguments.pop("rngs", None)
+    return dict(call.arguments) | options
+
+
+# %% [markdown]
+# Is the count right? Count by hand, layer by layer.
+
+# %%
+if RUN:
+    H, N = 32, 16
+    ssm = H + 2 * H * N // 2 + 2 * H * N + H  # dt; A; B and C; D
+    mixer = (H + 1) * 2 * H
+    norms = 2 * 2 * H
+    block = ssm + mixer + norms + (H + 1) * 2 * H + (2 * H + 1) * H  # FFN: up, down
+    by_hand = (8 + 1) * H + 2 * block + 2 * H  # encoder, blocks, last norm
+    print("parameters:", param_count(8, H, N, 2), "by hand:", by_hand)
+    require(param_count(8, H, N, 2) == by_hand, "the count is wrong", by_hand)
+    print("with all defaults, 8 features:", f"{param_count(8):,}")
 
 
 # %% [markdown]
@@ -5132,7 +5056,8 @@ def load_pytorch_s4d(layer, weights):
     fits = glu and layer.method == "zoh"
     require(fits, f"layer is {layer!r:.200}", 'an S4D with "zoh" and final_act "glu"')
     slots = {f"kernel.{k}": getattr(layer, k) for k in ("C", *SSM_PARAMETERS[:3])}
-    W, linear = "output_linear.0.weight", layer.mixer.linear
+    W = "output_linear.0.weight"
+    linear = layer.mixer.linear
     slots |= {"D": layer.D, W: linear.kernel, "output_linear.0.bias": linear.bias}
     odd = sorted(map(str, slots.keys() ^ set(weights)))
     require(not odd, f"missing or unknown: {', '.join(odd)}", f"all of {list(slots)}")
@@ -5153,9 +5078,11 @@ def load_pytorch_s4d(layer, weights):
 # %%
 def pytorch_s4d(w, u):
     """What their layer answers, by its formulas. u and y (batch, H, L), no dropout."""
-    w, l = {k: v.astype(float) for k, v in w.items()}, np.arange(u.shape[-1])
+    w = {k: v.astype(float) for k, v in w.items()}
+    l = np.arange(u.shape[-1])
     A = -np.exp(w["kernel.log_A_real"]) + 1j * w["kernel.A_imag"]  # (H, N/2)
-    dtA, C = np.exp(w["kernel.log_dt"])[:, None] * A, w["kernel.C"] @ [1, 1j]
+    dtA = np.exp(w["kernel.log_dt"])[:, None] * A
+    C = w["kernel.C"] @ [1, 1j]
     modes = (C * np.expm1(dtA) / A)[..., None] * np.exp(dtA[..., None] * l)
     K = 2 * modes.sum(1).real  # (H, L)
     y = np.array([[direct_conv(*pair) for pair in zip(row, K)] for row in u])
@@ -5171,22 +5098,25 @@ def pytorch_s4d(w, u):
 
 # %%
 if RUN:
-    rng, H, half = np.random.default_rng(0), 8, 16
+    rng = np.random.default_rng(0)
+    H = 8
+    half = 16
     shapes = {"kernel.C": (H, half, 2), "D": (H,),
               "output_linear.0.weight": (2 * H, H, 1), "output_linear.0.bias": (2 * H,)}
     theirs = {name: rng.normal(size=shape) for name, shape in shapes.items()}
     theirs["kernel.log_dt"] = rng.uniform(np.log(0.001), np.log(0.1), H)
     theirs["kernel.log_A_real"] = np.full((H, half), np.log(0.5))
     theirs["kernel.A_imag"] = np.tile(np.pi * np.arange(half), (H, 1))
-    layer, u = S4D(H, 2 * half, rngs=nnx.Rngs(0)), rng.normal(size=(3, H, 100))
+    layer = S4D(H, 2 * half, rngs=nnx.Rngs(0))
+    u = rng.normal(size=(3, H, 100))
     load_pytorch_s4d(layer, theirs)
     y = call(layer, u.swapaxes(1, 2)).swapaxes(1, 2)
     agree("layer with their weights", y, "their formulas", pytorch_s4d(theirs, u))
 
 
 # %% [markdown]
-# *What stands: one layer with every option that the known implementations offer, under
-# the one contract, and weights from the authors' own. Exercise: `n_ssm=1` with
+# *What stands: one layer with the options that the known implementations offer, under
+# the one contract, a backbone, and weights from the authors' own. Exercise: `n_ssm=1` with
 # `channels` equal to $H$ and a bottleneck of $H$ is a single system with many outputs.
 # Which of the two, that or $H$ systems with one output each, has more parameters?*
 
@@ -5283,7 +5213,8 @@ def dss_kernel(A, W, dt, L):
     L = require_count("L", L)
     A, W, dt = map(jnp.asarray, (A, W, dt))
     grows = A.real > 0
-    fading, B = jnp.where(grows, -A, A), jnp.ones_like(A)
+    fading = jnp.where(grows, -A, A)
+    B = jnp.ones_like(A)
     C = W / dss_norm(fading, dt, L)  # (..., N/2)
     forwards = s4d_kernel(fading, B, jnp.where(grows, 0, C), dt, L)
     backwards = s4d_kernel(fading, B, jnp.where(grows, -C, 0), dt, L)
@@ -5307,7 +5238,8 @@ def dense_pairs(A, B, C):
 if RUN:
     A, L, dt = s4d_init("legs", 16), 400, jnp.float32(0.01)
     rng = np.random.default_rng(0)
-    W, noise = rng.normal(size=(2, 8)).T @ [1, 1j], rng.normal(size=L)
+    W = rng.normal(size=(2, 8)).T @ [1, 1j]
+    noise = rng.normal(size=L)
     wild = np.where(np.arange(8) == 3, 45 - A, A).astype(complex)  # one of them grows
     z = np.outer(np.arange(L) * float(dt), wild)
     softmax = np.exp(z) / np.exp(z).sum(0)  # (L, N/2)
@@ -5387,7 +5319,8 @@ def legs_dplr(N):
     In its own basis the state is 2 Re V x.
     """
     poles, V = legs_normal(N)
-    poles, V = poles[N // 2 :], V[:, N // 2 :]  # the upper of each pair
+    poles = poles[N // 2 :]
+    V = V[:, N // 2 :]  # the upper of each pair
     B = V.conj().T @ hippo_legs(N)[1]
     return poles, B / 2**0.5, B, V
 
@@ -5416,7 +5349,8 @@ def readout(C, x):
 def dplr_step(A, P, B, dt, x, u):
     """Return the state after one bilinear step. A (Lambda), P, B, x (..., N/2),
     dt and u (...)."""
-    half, P_star = dt / 2, P.conj()
+    half = dt / 2
+    P_star = P.conj()
     F = 1 / (1 - half[..., None] * A)  # (..., N/2)
     s = readout(P_star, x)[..., None]
     v = F * dt[..., None] * (A * x - P * s + B * u[..., None])
@@ -5501,7 +5435,8 @@ def dplr_kernel(A, P, B, C, dt, L):
 # %%
 def truncated(A, P, C, dt, L):
     """Compute C (I - A_bar^L), (..., N/2), with a dense real A_bar (..., N, N)."""
-    I, half = jnp.eye(2 * A.shape[-1]), A.shape[-1]
+    I = jnp.eye(2 * A.shape[-1])
+    half = A.shape[-1]
     units = jax.lax.complex(I[:, :half], I[:, half:])  # (N, N/2)
     A, P, dt = A[..., None, :], P[..., None, :], dt[..., None]
     x = dplr_step(A, P, jnp.zeros_like(A), dt, units, jnp.zeros(()))  # (..., N, N/2)
@@ -5560,7 +5495,8 @@ def s4_advance(A, P, B, C, dt, x, u, lengths, every=False):
         x = jnp.where((l < lengths)[:, None, None], new, x)
         return x, (x if every else (), y)
 
-    x, samples = carried(x, u), (jnp.arange(u.shape[1]), u.swapaxes(0, 1))
+    x = carried(x, u)
+    samples = (jnp.arange(u.shape[1]), u.swapaxes(0, 1))
     x, (states, y) = jax.lax.scan(step, x, samples)
     return states.swapaxes(0, 1) if every else x, y.swapaxes(0, 1)
 
@@ -5617,7 +5553,8 @@ SSM_PARAMETERS += ("P",)
 
 # %%
 if RUN:
-    v, full = jax.random.normal(jax.random.key(1), (2, 100, 4)), jnp.array([50, 50])
+    v = jax.random.normal(jax.random.key(1), (2, 100, 4))
+    full = jnp.array([50, 50])
     for name in ("dss", "s4"):
         layer = LAYERS[name](4, 16, rngs=nnx.Rngs(0))
         x, y = run_steps(layer, v)
@@ -5679,7 +5616,8 @@ def kernel_code():
 # %%
 def legs_error(kernel, N=64, L=4000, dt=0.001):
     """Largest error of the first four states of LegS for a smooth input, relative."""
-    t, (A, P, B, V) = np.arange(L) * dt, legs_dplr(N)
+    t = np.arange(L) * dt
+    (A, P, B, V) = legs_dplr(N)
     u = np.sin(2 * t) + np.sin(5 * t) * np.exp(-0.2 * t)
     A, P, B, C, dt = map(jnp.asarray, (A, P, B, V[:4], np.float32(dt)))
     K = {
@@ -5702,7 +5640,9 @@ def legs_error(kernel, N=64, L=4000, dt=0.001):
 
 # %%
 if RUN:
-    columns, lines, measured = [], kernel_code(), measurements("kernels")
+    columns = []
+    lines = kernel_code()
+    measured = measurements("kernels")
     reached = "{mean:.1%} ± {spread:.1%}" if measured else "not measured"
     for name in lines:
         layer = LAYERS[name](64, 64, rngs=nnx.Rngs(0), final_act=None)
@@ -5743,10 +5683,238 @@ if RUN:
 # which options of S4D does it then belong?*
 
 # %% [markdown]
-# ## Appendix C: Several devices
+# ## Appendix C: Long and wide
 #
-# Where a machine has several devices, all of them should work. They can divide the rows
-# of a batch or the samples of a row.
+# Sixty-four pixels fit into memory many times over. Here are sequences that do not, and
+# batches and sequences that several devices share.
+#
+# ### A sequence that does not fit
+#
+# The gradient of a loss needs what every layer computed at every sample, and for a day
+# of sound that is more than a machine holds. But the state
+# sums up the past, so there is no need to have the past at hand. Cut the sequence into
+# *chunks*. Run the model on a chunk, from the state that the last chunk left; take one
+# step of the optimizer; carry the new state over to the next chunk. Memory is needed
+# for one chunk, however long the stream.
+#
+# The price is in the gradient. The state comes in as numbers, and how the parameters
+# made these numbers is forgotten. `stop_gradient` says so. This is *truncated
+# back-propagation through time*. What it gives up: $A$, $B$ and $\Delta$ learn only from
+# what they do within a chunk. What it keeps: $C$ sees the whole state and learns to read
+# from it what is older than the chunk. (A liberty: the state that comes in was made by
+# the parameters of earlier steps, which differ a little.)
+
+# %%
+def stream_loss(model, x, u, target):
+    """Mean squared error on a chunk from state x, a constant; and the state after it.
+
+    Raises ValueError if target has not the shape of the model's answers.
+    """
+    x, y = model.advance(jax.lax.stop_gradient(x), u)
+    require(y.shape == target.shape, f"target has shape {target.shape}", f"{y.shape}")
+    return jnp.mean((y - target) ** 2), x
+
+
+@nnx.jit
+def stream_step(model, optimizer, x, u, target):
+    """Take one step on a chunk. Returns the state after it and the loss."""
+    loss_fn = nnx.value_and_grad(stream_loss, has_aux=True)
+    (loss, x), grads = loss_fn(model, x, u, target)
+    optimizer.update(model, grads)
+    return x, loss
+
+
+# %% [markdown]
+# Around the step, a loop. With `carry=False` it throws the state away and begins every
+# chunk as it began the first. That is training on short pieces, for comparison.
+
+# %%
+def train_on_stream(model, optimizer, chunks, x=None, *, carry=True):
+    """Train on a stream, one step of the optimizer for each of its chunks.
+
+    chunks yields inputs (batch, L, d_input) and targets (batch, L, d_output) in the
+    order of time; x is the state before them, rest if None. Returns the state after
+    them and the losses. Raises FloatingPointError for a loss that is not finite.
+    """
+    model.train()
+    update = nnx.cached_partial(stream_step, model, optimizer)
+    losses = []
+    for u, target in chunks:
+        x = model.init_state(len(u)) if x is None else x
+        after, loss = update(x, u, target)
+        losses.append(float(loss))
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"loss {loss} at chunk {len(losses)}")
+        x = after if carry else x
+    return x, losses
+
+
+# %% [markdown]
+# The task is an echo: say what came in 600 samples ago, while a chunk has 512. Without
+# a carried state nothing of the answer is in sight. The input is noise, made smooth by
+# a filter; the function makes it chunk by chunk and keeps only what is still to echo.
+
+# %%
+def echoes(length, L=512, delay=600, seed=0):
+    """Yield a smooth noise in chunks (1, L, 1), and beside each what came in before."""
+    rng = np.random.default_rng(seed)
+    past = np.zeros(delay)
+    low_pass = scipy.signal.butter(2, 0.01)
+    z = np.zeros(2)
+    for _ in range(length // L):
+        noise = 9.5 * rng.standard_normal(L)  # filtered, its variance is about 1
+        u, z = scipy.signal.lfilter(*low_pass, noise, zi=z)
+        past = np.append(past, u)  # (delay + L,)
+        yield u[None, :, None], past[None, :L, None]
+        past = past[L:]
+
+
+# %% [markdown]
+# Two copies of one small model, with one block, hear the same 262,144 samples, chunk by
+# chunk. One carries its state. Then both hear a fresh stretch. By now the optimizer's
+# rate has fallen to zero, so nothing is learned from it and the losses are a test. They
+# are printed as shares of what the answer "zero" would get.
+
+# %%
+if RUN:
+    start = time.perf_counter()
+    fresh = list(echoes(2**15, seed=1))
+    slow = dict(dt_min=0.001, dt_max=0.01, pooling="none")
+    learner = S4DModel(1, 1, 16, 64, 1, **slow, rngs=nnx.Rngs(0))
+    twins = learner, make_optimizer(learner, 2**18 // 512, lr=0.02)
+    for carry, state in ((True, "state carried"), (False, "thrown away")):
+        twin = nnx.clone(twins)
+        train_on_stream(*twin, echoes(2**18), carry=carry)
+        _, losses = train_on_stream(*twin, fresh, carry=carry)
+        share = np.mean(losses) / np.mean([target**2 for _, target in fresh])
+        print(f"{state:13s}   error on new samples: {share:.1%}")
+    print(f"{time.perf_counter() - start:.1f} seconds")
+
+
+# %% [markdown]
+# ### A million samples
+#
+# To truncate was a choice. The exact gradient fits into the same memory, if one pays
+# for it with time. What the way back needs of a chunk, all that its layers computed at
+# every sample, can be computed again from the state at its beginning. So on the way
+# forward keep the states between the chunks and forget what is inside. On the way back
+# take the last chunk first: run it once more from its state, find its gradient, and
+# hand the gradient of that state to the chunk before. This is *rematerialization*. For
+# chunks of $S$ samples, memory holds $L/S$ states and the inside of one chunk.
+#
+# `jax.checkpoint` marks what shall be forgotten and run again; `jax.lax.scan` is the
+# loop. Dropout's random stream travels with the state, so that each chunk has masks of
+# its own, and the same ones when it runs again.
+
+# %%
+def draws(model):
+    """Whether a model uses chance when it runs: has it a dropout that is on?"""
+    drops = [part for _, part in nnx.iter_modules(model) if type(part) is nnx.Dropout]
+    return any(drop.rate > 0 and not drop.deterministic for drop in drops)
+
+
+def advance_in_chunks(model, x, u, size, lengths=None):
+    """Advance by chunks of `size` samples, which the gradient computes once more.
+
+    Arguments, results and gradient are those of model.advance for u (batch, L, ...).
+    Raises ValueError for a size that is not a positive integer.
+    """
+    require_count("size", size)
+    u, lengths = admit(u, u.shape[-1], lengths)
+    batch, L, width = u.shape
+    n = -(-L // size)  # chunks, the last filled up
+    u = jnp.pad(u, ((0, 0), (0, n * size - L), (0, 0)))
+    u = u.reshape(batch, n, size, width).swapaxes(0, 1)  # (n, batch, size, width)
+    own = jnp.clip(lengths - size * jnp.arange(n)[:, None], 0, size)  # (n, batch)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.checkpoint
+    def chunk(carry, part):
+        x, rest = carry
+        model = nnx.merge(graph, params, rest)
+        x, y = model.advance(x, *part)
+        return (x, nnx.state(model, nnx.Not(nnx.Param))), y
+
+    (x, rest), y = jax.lax.scan(chunk, (carried(x, u), rest), (u, own))
+    if draws(model):
+        nnx.update(model, rest)
+    return x, y.swapaxes(0, 1).reshape(batch, n * size, -1)[:, :L]
+
+
+# %% [markdown]
+# A loss on these answers has a gradient through the whole sequence, and how it was
+# computed cannot be seen in it. So one function serves for both ways, at once by the
+# convolution, and by chunks:
+
+# %%
+@functools.partial(nnx.jit, static_argnames="size")
+def exact_gradient(model, u, target, size=None):
+    """Mean squared error on u (batch, L, d_input) from rest, and its gradient; by
+    chunks of `size` samples, or at once. Raises ValueError if a shape does not fit."""
+
+    def loss(model):
+        x = model.init_state(len(u))
+        y = model(u) if size is None else advance_in_chunks(model, x, u, size)[1]
+        require(y.shape == target.shape, f"target has shape {target.shape}", y.shape)
+        return jnp.mean((y - target) ** 2)
+
+    return nnx.value_and_grad(loss)(model)
+
+
+# %% [markdown]
+# On the first 4,000 samples of an echo both must agree. The chunks of 300 are shorter
+# than the delay of 600, so that what is to be learned lies across their borders: here a
+# truncated gradient would be another one. Then all 1,048,576 samples, in one gradient.
+# (The time includes compiling.)
+
+# %%
+if RUN:
+    u, target = (np.concatenate(parts, 1) for parts in zip(*echoes(2**20)))
+    first = u[:, :4000], target[:, :4000]
+    both = exact_gradient(learner, *first, size=300), exact_gradient(learner, *first)
+    flat = [np.concatenate([g.ravel() for g in jax.tree.leaves(r)]) for r in both]
+    agree("loss and gradient by chunks of 300", flat[0], "at once", flat[1])
+    start = time.perf_counter()
+    jax.block_until_ready(exact_gradient(learner, u, target, size=4096))
+    seconds = time.perf_counter() - start
+    print(f"a gradient through {u.shape[1]:,} samples: {seconds:.0f} seconds")
+
+
+# %% [markdown]
+# What does it cost? `python tests/measure_lengths.py` takes one gradient of a small
+# model, two blocks with 16 channels and a state of 64, in three ways, each point in a
+# process of its own. What it found is kept in `assets/lengths.json`.
+#
+# The parallel scan keeps every state, 32 complex numbers a channel and sample, and is the
+# first that has to stop. The convolution at once keeps no states, but all else at every
+# sample, and its memory grows in step with the length. The chunks' memory stays where it
+# was at one chunk. Their price is a second way forward: at 16,384 samples they are the
+# slower ones. From 262,144 on they win in time as well. The likely reason is that a
+# chunk's arrays stay in the processor's cache, where those of a long transform do not
+# fit.
+
+# %%
+@figure()
+def time_and_memory():
+    """One gradient of a small model against the length of its sequence: seconds, and
+    megabytes beside the data and parameters. By convolution at once, by convolution in
+    chunks of 4,096 samples, and by parallel scan, as far as 8 GB of memory go."""
+    fig, axes = canvas(1, 2, 3.2)
+    ways = measurements("lengths").get("ways", {"no lengths.json here": []})
+    for ax, key in zip(axes, ("seconds", "megabytes")):
+        for way, points in ways.items():
+            taken = [(point["L"], point[key]) for point in points if key in point]
+            ax.loglog(*np.reshape(taken, (-1, 2)).T, "o-", ms=4, label=way)
+        ax.set(xlabel="length $L$", title=key, xlim=(700, 2**21))
+        ax.set_xticks([2**10, 2**15, 2**20], ["1,024", "32,768", "1,048,576"])
+        ax.minorticks_off()
+        ax.legend(fontsize=9)
+    return fig
+
+
+# %% [markdown]
+# For which delays does the twin that throws its state away do as well? That is left as
+# an exercise.
 #
 # ### One batch on several devices
 #
@@ -5787,7 +5955,8 @@ def divided(array, rows=0):
 # %%
 def convolve_rows(u, K):
     """`causal_conv` of u (batch, H, L) and K (H, L), on each device for its rows."""
-    own, all_of_it = jax.P("batch"), jax.P()
+    own = jax.P("batch")
+    all_of_it = jax.P()
     split = dict(mesh=mesh(), in_specs=(own, all_of_it), out_specs=own)
     return jax.shard_map(causal_conv, **split)(u, K)
 
@@ -5829,7 +5998,8 @@ if RUN:
 @broadcasting
 def share_of_time(A, B, C, dt, u, method="zoh"):
     """Outputs for u (batch, H, S), this device's chunk on the axis "time"."""
-    S, rest = u.shape[-1], jnp.zeros((len(u), *A.shape), A.dtype)
+    S = u.shape[-1]
+    rest = jnp.zeros((len(u), *A.shape), A.dtype)
     whole = jnp.full(len(u), S)
     end = state_after(A, B, dt, rest, u, whole, method)
     ends = jax.lax.all_gather(end, "time", axis=-1)  # (batch, H, N/2, P)
@@ -5858,7 +6028,8 @@ class SplitS4D(S4D):
         u, lengths = admit(u, len(self.D), lengths)
         L = u.shape[1]
         v = jnp.pad(u.swapaxes(1, 2), ((0, 0), (0, 0), (0, -L % mesh("time").size)))
-        here, copy = jax.P(None, None, "time"), jax.P()  # (batch, H, S); a copy for all
+        here = jax.P(None, None, "time")
+        copy = jax.P()  # (batch, H, S); a copy for all
         split = dict(mesh=mesh("time"), in_specs=(*[copy] * 4, here), out_specs=here)
         share = functools.partial(share_of_time, method=self.method)
         y = jax.shard_map(share, **split)(*self.system(), v)[..., :L].swapaxes(1, 2)

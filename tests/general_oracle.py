@@ -8,7 +8,7 @@ from scipy.special import erf, expit
 # What the formulas need of the options; the rest is seen in the parameters' shapes.
 DEFAULTS = dict(discretization="zoh", final_act="glu", bidirectional=False, channels=1)
 DEFAULTS |= dict(dt_transform="exp", real_transform="exp", imag_transform="none")
-DEFAULTS |= dict(is_real=False, l_max=None, rate=1.0)
+DEFAULTS |= dict(is_real=False, l_max=None, rate=1.0, dt_fast=False, bandlimit=None)
 
 
 def gelu(y):
@@ -51,7 +51,7 @@ def shapes(H, N, o):
     modes, pair = (N, ()) if real else (N // 2, (2,))
     heads = (channels,) if channels > 1 else ()
     both = (2,) if o.get("bidirectional") else ()
-    found = dict(log_dt=(n_ssm,) if o.get("dt_tie", True) else (n_ssm, modes))
+    found = dict(log_dt=(h,) if o.get("dt_tie", True) else (h, modes))
     found |= dict(log_A_real=(n_ssm, modes), B=(n_ssm, modes, *pair))
     found |= {} if real else dict(A_imag=(n_ssm, modes))
     found |= dict(C=(*both, *heads, h, modes, *pair), D=(*heads, h))
@@ -80,10 +80,15 @@ def system(p, o):
     if not o["is_real"]:
         A = A + 1j * IMAG[o["imag_transform"]](p["A_imag"])
         B, C = B @ [1, 1j], C @ [1, 1j]
-    dt = DT[o["dt_transform"]](p["log_dt"]) * o["rate"]
-    dt = np.broadcast_to(dt.reshape(len(A), -1), A.shape)
     owner = [i // (C.shape[-2] // len(A)) for i in range(C.shape[-2])]
-    return A[owner], B[owner], C, dt[owner]
+    A, B = A[owner], B[owner]
+    raw = np.sinh(p["log_dt"]) if o["dt_fast"] else p["log_dt"]
+    dt = DT[o["dt_transform"]](raw) * o["rate"]
+    dt = np.broadcast_to(dt.reshape(len(A), -1), A.shape)
+    if o["bandlimit"]:
+        turns = np.abs(A.imag) * dt / (2 * np.pi)  # 1/2 is half the sampling rate
+        C = C * (turns / 0.5 < o["bandlimit"])
+    return A, B, C, dt
 
 
 def respond(p, o, C, v, x):

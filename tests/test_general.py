@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 from flax import nnx
 from general_oracle import gelu, general, kernel, parameters, shapes, system
 from oracle import error, noise
@@ -134,8 +135,13 @@ def first_channel(p):
 
 def dealt_out(p):
     """Channel i reads system i % 2, not i // 2."""
-    names = ("log_dt", "log_A_real", "A_imag", "B")
+    names = ("log_A_real", "A_imag", "B")
     return {name: np.concatenate([p[name], p[name]]) for name in names}
+
+
+def one_dt(p):
+    """The two channels of a system share a dt."""
+    return dict(log_dt=p["log_dt"][[0, 0, 2, 2]])
 
 
 # The option; what a layer that overlooked it would take, options and parameters.
@@ -152,6 +158,10 @@ ROWS = [
     (dict(bidirectional=True), dict(bidirectional=False), lambda p: dict(C=p["C"][0])),
     (dict(channels=3), {}, first_channel),
     (dict(n_ssm=2), {}, dealt_out),
+    (dict(n_ssm=2, rate=0.5), {}, one_dt),
+    (dict(dt_fast=True), dict(dt_fast=False), nothing),
+    (dict(bandlimit=0.03), dict(bandlimit=None), nothing),
+    (dict(bandlimit=0.06, rate=2.0), dict(bandlimit=0.12), nothing),
     (dict(dt_tie=False), {}, lambda p: dict(log_dt=p["log_dt"][:, 0])),
     (dict(dt_transform="softplus"), dict(dt_transform="exp"), nothing),
     (dict(real_transform="none"), dict(real_transform="exp"), nothing),
@@ -260,12 +270,55 @@ def test_deterministic(options):
     assert np.allclose(dt, np.geomspace(1e-3, 1e-1, 4), 1e-5)
     assert C[0, 0, 0] != 0 and (C == C[0, 0, 0]).all() and (layer.D[...] == 1).all()
     *_, dt = make(**options, n_ssm=2).system()
-    assert np.allclose(dt, [1e-3, 1e-3, 1e-1, 1e-1], 1e-5)
+    assert np.allclose(dt, np.geomspace(1e-3, 1e-1, 4), 1e-5)
     options |= dict(dt_tie=False, n_ssm=2, dt_transform="softplus")
     z = steps_apart(make(**options).system()).real
     decay = np.arange(1, 5) if "is_real" in options else np.full(2, 0.5)
-    spread = np.geomspace(1e-3, 1e-1, 2 * len(decay)).reshape(2, -1)
-    assert np.allclose(z, -decay * spread.repeat(2, 0), 1e-5)
+    spread = np.geomspace(1e-3, 1e-1, 4 * len(decay)).reshape(4, -1)
+    assert np.allclose(z, -decay * spread, 1e-5)
+
+
+def test_each_system_draws_its_own_poles():
+    for layer in (
+        s4d.S4D(4, 16, init="rand", rngs=nnx.Rngs(0)),
+        make(4, 16, init="rand"),
+    ):
+        A, *_ = layer.system()
+        assert len(np.unique(A.imag)) == 4 * 8 and np.allclose(A.real, -0.5)
+    A, *_ = make(4, 16, init="rand", n_ssm=2).system()
+    assert len(np.unique(A.imag)) == 2 * 8 and (A[0] == A[1]).all()
+
+
+def test_fast_dt_starts_as_the_slow_and_moves_faster(x64):
+    slow, fast = make(), make(dt_fast=True)
+    assert error(fast.system()[3], slow.system()[3]) < (1e-10 if x64 else 1e-5)
+    pace = [
+        np.asarray(nnx.grad(lambda m: jnp.log(m.system()[3]).sum())(layer).log_dt)
+        for layer in (slow, fast)
+    ]
+    steep = np.cosh(np.arcsinh(np.asarray(slow.log_dt[...], float)))
+    assert error(pace[1], pace[0] * steep) < 1e-5 and (steep > 2).all()
+
+
+def test_b_of_hippo(x64):
+    """With V as C the modes are those of x' = (A + B B^T / 2) x + B u."""
+    N, dt = 8, 0.01
+    layer = make(1, N, B_init="legs", dt_min=dt, dt_max=dt, final_act=None)
+    (A,), (B,), *_ = layer.system()
+    dense, b = s4d.hippo_legs(N)
+    dense = dense + np.outer(b, b) / 2
+    V = s4d.legs_normal(N)[1][:, N // 2 :]
+    exact = [scipy.linalg.expm(l * dt * dense) @ b for l in range(20)]
+    modes = np.exp(np.outer(np.arange(20) * dt, np.asarray(A))) * np.asarray(B)
+    assert error(2 * (modes @ V.T).real, np.array(exact)) < (1e-10 if x64 else 1e-5)
+
+
+def test_names_of_the_authors():
+    layer = make(8, 4, bottleneck=2, channels=2)
+    assert layer.d_output == 8
+    x = layer.default_state(2, 3)
+    assert x.shape == (2, 3, 4, 2) and (x == 0).all() and x.dtype == jnp.complex64
+    assert make(is_real=True, init="real").default_state(2).dtype == jnp.float32
 
 
 def test_every_raw_value_is_allowed():
@@ -302,7 +355,7 @@ def test_dropout_mask(tie, transposed):
     """Tied, each row and channel is kept or not for the whole sequence."""
     options = dict(transposed=transposed, tie_dropout=tie)
     layer = make(16, 4, final_act=None, dropout=0.5, **options)
-    u = turned(noise(3, 10, 16), options)
+    u = turned(noise(3, 10, 16), options) / 4  # no GELU is exactly zero
     layer.train()
     a, b = (np.asarray(turned(s4d.call(layer, u), options)) for _ in "ab")
     layer.eval()
@@ -385,6 +438,12 @@ def test_formulas_by_hand():
         dict(tie_dropout="yes"),
         dict(transposed=0),
         dict(deterministic=True, init="rand"),
+        dict(dt_fast=1),
+        dict(B_init="hippo"),
+        dict(B_init="legs", init="lin"),
+        dict(bandlimit=0.0),
+        dict(bandlimit=np.nan),
+        dict(bandlimit=0.5, is_real=True, init="real"),
         dict(is_real=True),
         dict(is_real=True, init="lin"),
         dict(real_transform="sigmoid", init="real"),

@@ -36,6 +36,8 @@ def layers(draw):
         real_transform=pick("exp", "none", "relu", "softplus", "sigmoid"),
         imag_transform=pick("none", "exp", "relu", "softplus"),
         deterministic=pick(False, True),
+        dt_fast=pick(False, True),
+        bandlimit=pick(None, 0.05),
         dropout=pick(0.0, 0.5),
         tie_dropout=pick(False, True),
         rate=pick(1.0, 0.5, 1.7),
@@ -43,6 +45,9 @@ def layers(draw):
     if real:
         options |= dict(is_real=True, init="real", imag_transform="none")
         options["real_transform"] = pick("exp", "none", "relu", "softplus")
+        options["bandlimit"] = None
+    else:
+        options["B_init"] = pick("constant", "legs")
     if act:
         options |= dict(channels=pick(2, 1, 3), bottleneck=bottleneck)
         options |= dict(gate=pick(None, 1, 2))
@@ -80,6 +85,7 @@ def test_options_together(layer, cuts, shares, seed, x64):
     "options",
     [
         dict(channels=2, n_ssm=2, dt_tie=False, dt_transform="softplus", gate=2)
+        | dict(dt_fast=True, bandlimit=1.0, B_init="legs")
         | dict(real_transform="softplus", imag_transform="softplus", bottleneck=2),
         dict(init="real", is_real=True, real_transform="none", transposed=True)
         | dict(rate=3.0, discretization="bilinear", final_act="id"),
