@@ -1033,7 +1033,7 @@ def explorer(poles=(-1 + 6.24j, -0.4 + 2j), weights=(1.0, 0.5)):
 # step, since the parameters have moved. Two computations carry the cost: the
 # convolution, $L^2$ multiplications by the definition, and the kernel, $N L/2$ complex
 # powers. Both can be had for much less. For each we keep the plain form above, write
-# the fast one, ask whether they agree, and stop the time.
+# the fast one, ask whether they agree, and time both.
 
 # %%
 import time
@@ -1576,7 +1576,7 @@ def cost_against_length(N=64):
 #
 # ### A memory made of polynomials
 #
-# HiPPO (Gu, Dao, Ermon, Rudra and Ré, 2020) turned the question round. *Suppose the
+# HiPPO (Gu, Dao, Ermon, Rudra and Ré, 2020) asked it the other way round. *Suppose the
 # state should be the best possible summary of the whole past. What must $A$ and $B$
 # be?*
 #
@@ -1662,7 +1662,7 @@ if RUN:
 # the frequencies are those of $S$, of which we keep the positive half. A layer keeps
 # these poles and nothing else. It starts from $B_n = 1$ and random $C_n$. So what it
 # has of LegS is not the memory itself but the modes that memory is made of: frequencies
-# from slow to fast, without a common period, all fading alike. Which sums of them to form
+# from slow to fast, that do not soon repeat together, all fading alike. Which sums of them to form
 # it must learn. What such a spread is worth, beside poles drawn at random, is measured at
 # the end of this part and in Part 13.
 #
@@ -1967,7 +1967,7 @@ if RUN:
 
 # %% [markdown]
 # In the picture $\Delta = 2^{-9}$. Real modes only fade, and these random ones are
-# slow: no weights that a computer can hold make a narrow bump of them, so far in the
+# slow: no weights that double precision finds make a narrow bump of them, so far in the
 # past.
 
 # %%
@@ -1991,14 +1991,15 @@ def memory_of_a_delay(width=16, log2_dt=-9):
 # range fits the task: at $\Delta = 2^{-9}$ its modes have 0, 1, 2, ... full turns in
 # 1,024 steps, a Fourier series. At twice that $\Delta$ all of them repeat after 512
 # steps, so that a bump at 512 demands another at 0, and the fit fails. The frequencies
-# of `legs` and `inv` have no common period; their worst errors in the table are the
+# of `legs` and `inv` do not soon repeat together; their worst errors in the table are the
 # smallest worst errors. `inv2` has no slow modes. It is the best of all at the two
 # smallest $\Delta$, which slow its modes down, and useless at the two largest. `quad`
-# has only few slow modes. `rand`, $e^{\mathcal N(0,1)}$, lies around one radian per
-# second, too slow for a bump this narrow: not randomness is its fault, but the wrong
-# range. And `real` fails at all four. Its poles are the slower half of LegS's own, but
-# fading curves resemble each other so much that only enormous weights, beyond the digits
-# of a computer, could make a narrow bump of them.
+# has only few slow modes. The modes of `rand`, $e^{\mathcal N(0,1)}$, lie around one
+# radian per second, slow and much alike. Weights that make a narrow bump of them exist,
+# but they are enormous and cancel each other: double precision does not find them, and a
+# layer in float32 could not hold them. And `real` fails at all four, whatever the
+# weights. Its poles are the slower half of LegS's own, so a sum of its modes is a
+# polynomial in $e^{-t}$, of degree 32, and too smooth for a bump so narrow and so far back.
 #
 # *What stands: seven ways to place the poles, and a reason to prefer some. Exercise:
 # call `memory_of_a_delay` with a narrower bump. At what width does `lin` fail, and why
@@ -2575,8 +2576,8 @@ class S4DBlock(nnx.Module):
 
 # %% [markdown]
 # To see the causality, change one channel of sample 60 and look where the output moves.
-# (Moving all channels by the same amount would be invisible: LayerNorm takes out the
-# mean.) What moves before it is the rounding of the FFT, in which all samples meet.
+# (All channels moved by the same amount would move that sample alone: LayerNorm takes out
+# the mean, and only the residual hands the change on.) What moves before it is the rounding of the FFT, in which all samples meet.
 
 # %%
 if RUN:
@@ -3653,7 +3654,7 @@ def bits_by_pixel():
 
 
 # %% [markdown]
-# ### Drawing lots
+# ### Sampling
 #
 # To generate is to ask the small question, draw a level from the answer, feed it back
 # as the next input, and ask again. Two knobs change the answer before the draw.
@@ -3887,8 +3888,9 @@ if RUN:
 # more than the last. Here a step reads the state, which never grows: the cost of a
 # pixel does not depend on how many there have been. To see it, let the model go on
 # after pixel 64, which it does without complaint, though it has never seen a place so
-# late. Four times as many pixels must come at no lower rate. (It may be higher: what a
-# call costs by itself is shared by more of them.) And sixteen images at a time share the
+# late. Four times as many pixels should come at about the same rate. (It may be higher,
+# as what a call costs by itself is shared by more of them, or lower, as other programs
+# take their turns.) And sixteen images at a time share the
 # parameters.
 
 # %%
@@ -4088,9 +4090,10 @@ def choices_measured(question="starts, 64 pixels"):
 # - *refitted*: $C$ once more by least squares, on the poles that training found.
 #
 # One thing differs from Part 7. The modes of most starts are so alike that the best
-# weights are enormous and cancel each other. Double precision can do that, a layer in
-# float32 cannot. Here the fit leaves out directions that are weaker than $10^{-6}$ of
-# the strongest. (The column *in double* does not.)
+# weights are enormous and cancel each other. Double precision can do that up to a point,
+# a layer in float32 cannot. Here the fit leaves out directions that are weaker than
+# $10^{-6}$ of the strongest. (The column *in double* leaves out what is weaker than
+# double precision can tell from nothing.)
 #
 # For `lin` the error can be foretold. With $\Delta = 2/L$ its modes are the harmonics 0
 # to 31 of the window. A bump of width $w$ has at the frequency $\omega$ an energy of
@@ -4246,7 +4249,7 @@ def next_sample():
 # ### The whole length
 #
 # So far the models were small and their trainings short, so that there could be many.
-# Once a classifier got half an hour: all 784 pixels of all images of the subset, each
+# Once a classifier got more time: all 784 pixels of all images of the subset, each
 # distorted anew whenever it comes, as if printed on rubber (`notebooks/training.py`),
 # for 27 epochs. It has three blocks of 64 channels. Unlike the classifier of Part 11 it
 # has no FFN in its blocks and no dropout, and a learning rate of 0.01. So much was
@@ -4341,7 +4344,7 @@ if RUN:
 # %% [markdown]
 # ## Closing: all views agree
 #
-# One system, many ways to compute it. Here they all are, on four random systems with a
+# One system, many ways to compute it. Here they all are, on four systems of `legs` with a
 # state of 16 and an input of 300 samples. The witness from outside is SciPy, which
 # filters each mode in double precision and knows nothing of this page. Each number is
 # the largest difference of two views, as a share of the largest output.
@@ -5021,9 +5024,10 @@ if RUN:
 # y = \mathrm{glu}\big( W\,\mathrm{dropout}(\mathrm{gelu}(K * u + D u)) + b \big) ,
 # $$
 #
-# which is our layer with $B = 1$, and it stores the same numbers. Only two things look
+# which is our layer with $B = 1$, and it stores the same numbers. Two things look
 # different there. Sequences are (batch, $H$, $L$). And $W$ is written as a convolution
-# one sample wide: transposed, and with one more axis. This mapping holds its
+# one sample wide: transposed, and with one more axis. (A third is seen in training only:
+# their dropout has one mask for all samples of a row.) This mapping holds its
 # parameters:
 # `{name: p.detach().cpu().numpy() for name, p in layer.state_dict().items()}`. Each
 # array is looked at first:
@@ -5665,17 +5669,18 @@ if RUN:
 # %% [markdown]
 # What does S4 have that S4D has not? LegS itself, to the last digits of float32, where
 # S4D is only near it. It pays with $N$ more parameters a channel, the $P$, and with
-# many times the time. (That time is of our S4. The authors, who learn $\tilde C$, never
-# need the dense power, and compute in single precision.) DSS is S4D and one division, so
+# many times the time. (That time is of our S4. The authors, who learn $\tilde C$, need the
+# dense power once, and again when the length doubles, and compute in single precision.) DSS is S4D and one division, so
 # a difference between their times is noise.
 #
 # The famous difference in code is that of the plain kernels. S4D's fast kernel is
 # longer than S4's, since it carries its own exponential. Those lines buy speed and
 # exact angles; none of them is needed to understand the model.
 #
-# On the digits none is ahead: with 360 test images one image is 0.28%, and the best and
-# the worst mean lie some two images apart. (That the seeds of one kernel may all make
-# the same number of errors is chance.) So S4D, which is the shortest to explain, the
+# On the digits they lie close together: with 360 test images one image is 0.28%, and the
+# best and the worst mean lie some two images apart. By the rule of Part 13 S4D and S4
+# are told apart, in favour of S4D. But that the three seeds of S4D made the same number
+# of errors is chance, and it makes the rule too sure of itself. So S4D, which is the shortest to explain, the
 # cheapest to run and tied to no length, gave up nothing that this task can show. That is
 # why this page is about S4D.
 #
@@ -5691,11 +5696,11 @@ if RUN:
 # ### A sequence that does not fit
 #
 # The gradient of a loss needs what every layer computed at every sample, and for a day
-# of sound that is more than a machine holds. But the state
-# sums up the past, so there is no need to have the past at hand. Cut the sequence into
-# *chunks*. Run the model on a chunk, from the state that the last chunk left; take one
-# step of the optimizer; carry the new state over to the next chunk. Memory is needed
-# for one chunk, however long the stream.
+# of sound that is more than a machine holds. But the state sums up the past, so there is
+# no need to have the past at hand. Cut the sequence into *chunks*. Run the model on a
+# chunk, from the state that the last chunk left; take one step of the optimizer; carry
+# the new state over to the next chunk. Memory is needed for one chunk, however long the
+# stream.
 #
 # The price is in the gradient. The state comes in as numbers, and how the parameters
 # made these numbers is forgotten. `stop_gradient` says so. This is *truncated
@@ -5913,8 +5918,8 @@ def time_and_memory():
 
 
 # %% [markdown]
-# For which delays does the twin that throws its state away do as well? That is left as
-# an exercise.
+# *What stands: two ways to train on what does not fit. Exercise: for which delays does
+# the twin that throws its state away do as well?*
 #
 # ### One batch on several devices
 #
