@@ -3383,7 +3383,7 @@ def predictions():
 # %% [markdown]
 # ### What it reached
 #
-# One training says little. `python tests/measure_digits.py` trains three times, with
+# One training says little. `python tests/measure/digits.py` trains three times, with
 # seeds 0, 1 and 2, and beside it a GRU, the usual recurrent network, of about as many
 # parameters, on the same nudged images. The number of its epochs was set from a timing,
 # to take as long; in the run it was faster, and so got less time, 59 seconds against
@@ -3922,7 +3922,7 @@ if RUN:
 #
 # This page has made many choices: where the poles start, which rule holds the input,
 # what is learned. Which of them matter? To find out takes more than a hundred
-# trainings. They are measured beforehand, by `python tests/measure_evidence.py`, and
+# trainings. They are measured beforehand, by `python tests/measure/evidence.py`, and
 # recorded in `assets/evidence.json`, with versions and date. The cells below read that
 # file.
 #
@@ -3949,7 +3949,7 @@ def measurements(name):
 
 
 def evidence(*keys):
-    """What tests/measure_evidence.py recorded under these keys; {} if nothing did."""
+    """What tests/measure/evidence.py recorded under these keys; {} if nothing did."""
     found = measurements("evidence")
     for key in keys:
         found = found.get(key, {})
@@ -4023,7 +4023,7 @@ def verdicts(experiment, task):
         sure = runs == base or told_apart(runs, base)
         verdict = f"{gain:+z6.1%}" + ("" if sure else "   inside the noise")
         lines.append(f"{name:12s} {mean:6.1%} ± {spread:.1%}   {verdict}")
-    return lines or ["not measured here: python tests/measure_evidence.py"]
+    return lines or ["not measured here: python tests/measure/evidence.py"]
 
 
 if RUN:
@@ -4254,7 +4254,7 @@ def next_sample():
 # for 27 epochs. It has three blocks of 64 channels. Unlike the classifier of Part 11 it
 # has no FFN in its blocks and no dropout, and a learning rate of 0.01. So much was
 # chosen on the validation images, at half their resolution. The run is one of the
-# command line, recorded in `assets/mnist.json`; `python tests/measure_mnist.py` does
+# command line, recorded in `assets/mnist.json`; `python tests/measure/mnist.py` does
 # the same again. There is one seed. The spread printed is that of drawing so many test
 # images.
 
@@ -4285,7 +4285,7 @@ if RUN:
 # Part 6 timed its ideas one by one. Here they stand together, beside the same model
 # written the obvious way: the Vandermonde sum with an exponential for each mode and
 # step, the padded FFT, and the GELU and linear maps of the library, in JAX and in
-# PyTorch. `python tests/measure_speed.py` took the times, in turns, and recorded them in
+# PyTorch. `python tests/measure/speed.py` took the times, in turns, and recorded them in
 # `assets/speed.json`. The last column says how many times as long as ours a form takes;
 # for the parts of a block, what share of their time this machine's matrix product, FFT
 # or copying would need for that work.
@@ -5639,7 +5639,7 @@ def legs_error(kernel, N=64, L=4000, dt=0.001):
 # %% [markdown]
 # *Accuracy* is that of the classifier of Part 11 with each kernel, same recipe, fewer
 # epochs. It takes long, so it is measured beforehand, with three seeds, by
-# `python tests/measure_kernels.py`, and recorded in `assets/kernels.json`. The table
+# `python tests/measure/kernels.py`, and recorded in `assets/kernels.json`. The table
 # has a column for each kernel:
 
 # %%
@@ -5663,7 +5663,7 @@ if RUN:
     if measured:
         print("accuracy: {epochs} epochs, seeds {seeds}".format(**measured))
     else:
-        print("no kernels.json here: python tests/measure_kernels.py makes it")
+        print("no kernels.json here: python tests/measure/kernels.py makes it")
 
 
 # %% [markdown]
@@ -5886,7 +5886,7 @@ if RUN:
 
 
 # %% [markdown]
-# What does it cost? `python tests/measure_lengths.py` takes one gradient of a small
+# What does it cost? `python tests/measure/lengths.py` takes one gradient of a small
 # model, two blocks with 16 channels and a state of 64, in three ways, each point in a
 # process of its own. What it found is kept in `assets/lengths.json`.
 #

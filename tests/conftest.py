@@ -34,7 +34,7 @@ if jax.__version_info__[:2] in FASTER:
     os.environ.setdefault("XLA_FLAGS", FASTER[jax.__version_info__[:2]])
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+sys.path[:0] = [str(ROOT / room) for room in (".", "notebooks", "tests/measure")]
 
 from render.memory import keep_memory  # noqa: E402
 

@@ -453,6 +453,19 @@ def test_readme_names_what_exists():
         assert (ROOT / path).exists(), path
 
 
+def test_readme_says_which_tests_to_run():
+    """Every part of the article and every file of tests has a place in its table."""
+    table = README[README.index("| you changed |") :].split("\n\n")[0]
+    assert README.count("\n") <= 150
+    names = set(re.findall(r"`(\w+)`", table))
+    assert names == {path.stem[5:] for path in (ROOT / "tests").glob("test_*.py")}
+    told = set(re.findall(r"Appendix \w", table))
+    for first, last in re.findall(r"Parts? (\d+)(?: to (\d+))?", table):
+        told |= {f"Part {n}" for n in range(int(first), int(last or first) + 1)}
+    parts = set(re.findall(r"^# ## ((?:Part|Appendix) \w+):", TEXT, re.M))
+    assert told == parts - {"Part 0"}
+
+
 def test_top_level():
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True

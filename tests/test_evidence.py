@@ -6,10 +6,10 @@ import re
 import sys
 from pathlib import Path
 
+import evidence as m
 import jax
 import jax.numpy as jnp
-import measure_evidence as m
-import measure_mnist
+import mnist
 import numpy as np
 import pytest
 import scipy.stats
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "annotated_s4d.py").read_text(encoding="utf-8")
 PART = TEXT[TEXT.index("# ## Part 13") : TEXT.index("# ## Closing")]
 WORDS = " ".join(re.sub(r"^# ?", "", PART, flags=re.M).split())
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "assets" / "evidence.md").read_text(encoding="utf-8")
 RECORD = json.loads((ROOT / "assets" / "evidence.json").read_text())
 
 
@@ -226,7 +226,7 @@ def test_the_rate_that_is_best_on_validation_is_kept(elsewhere, tiny, monkeypatc
     trials = {"gru 0.001": [0.5, 0.9], "gru 0.01": [0.6, 0.1]}  # validation, test
     for name, (validation, test) in trials.items():
         run = dict(seed=0, lr=float(name[4:]), validation=validation, test=test)
-        m.record("baselines", "tried", name, run)
+        m.add("baselines", "tried", name, run)
     _, (_, [(_, run)]) = m.baselines(None, "digits")
     assert run(0)["lr"] == 0.01 and run(1)["lr"] == 0.01
 
@@ -463,7 +463,7 @@ def test_the_next_sample_costs_what_the_words_say():
     assert all(g < min(s, t) for s, g, t in zip(*took.values()))
 
 
-# -- the README -----------------------------------------------------------------------
+# -- assets/evidence.md ---------------------------------------------------------------
 
 
 def reached(*path):
@@ -471,8 +471,8 @@ def reached(*path):
     return f"{ours.mean():.1%} ± {ours.std(ddof=1):.1%}"
 
 
-def readme_rows():
-    """The rows of the README's tables on the evidence."""
+def rows():
+    """The rows of its tables."""
     for name in m.INITS:
         accuracy = [
             reached("initializations", task, name)
@@ -494,9 +494,9 @@ def readme_rows():
         yield f"| {' | '.join(row)} |"
 
 
-def test_the_readme_says_what_the_record_says():
-    for row in readme_rows():
-        assert row in README, row
+def test_the_tables_say_what_the_record_says():
+    for row in rows():
+        assert row in PAGE, row
 
 
 # -- sequential MNIST -----------------------------------------------------------------
@@ -505,9 +505,8 @@ def test_the_readme_says_what_the_record_says():
 def test_a_run_is_recorded():
     row = dict(epoch=1, step=3, seconds=2.5)
     said = "test: loss 0.041, accuracy 98.70%\n"
-    found = measure_mnist.record("--epochs 1", [8, 1, 1], json.dumps(row) + "\n", said)
+    found = mnist.reported([8, 1, 1], json.dumps(row) + "\n", said)
     assert found["epochs"] == [row] and found["test"] == pytest.approx(0.987)
-    assert found["command"] == "python notebooks/training.py --epochs 1"
 
 
 def test_mnist_is_as_the_words_say():
@@ -522,7 +521,7 @@ def test_mnist_is_as_the_words_say():
     assert rows[-1]["step"] == math.ceil(len(rows) * learned / 32)
     minutes = rows[-1]["seconds"] / 60
     sentence = f"{run['test']:.1%} of {n:,} test images after {len(rows)} epochs"
-    assert f"{sentence}, {minutes:.0f} minutes" in " ".join(README.split())
+    assert f"{sentence}, {minutes:.0f} minutes" in " ".join(PAGE.split())
 
 
 # -- without the record ---------------------------------------------------------------

@@ -5,16 +5,16 @@ import re
 from pathlib import Path
 
 import jax.numpy as jnp
-import measure_speed as m
 import numpy as np
 import pytest
+import speed as m
 from flax import nnx
 from oracle import error, noise
 
 import annotated_s4d as s4d
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "assets" / "speed.md").read_text(encoding="utf-8")
 RECORD = json.loads((ROOT / "assets" / "speed.json").read_text(encoding="utf-8"))
 
 
@@ -103,8 +103,8 @@ def times(what, form):
     return float(row[3])
 
 
-def test_readme_and_record_are_one():
-    table = re.search(r"(?s)<!-- speed -->\n(.*?)\n<!-- end -->", README)[1]
+def test_table_and_record_are_one():
+    table = re.search(r"(?s)<!-- table -->\n(.*?)\n<!-- end -->", PAGE)[1]
     said, _, *lines = table.splitlines()
     assert said == RECORD["said"]
     assert lines[2:] == [f"| {' | '.join(row)} |" for row in RECORD["table"]]

@@ -1,7 +1,7 @@
 """How fast the kernel, a training step and generation are, beside the plain forms.
 
-    python tests/measure_speed.py            measure, print the table
-    python tests/measure_speed.py --write    and put it into README.md and assets
+    python tests/measure/speed.py            measure; write assets/speed.json and .md
+    python tests/measure/speed.py --quick    five turns of each form; writes nothing
 
 The plain form is the same model written the obvious way in JAX: the Vandermonde sum
 with one complex exponential for each mode and step, a real FFT padded to twice the
@@ -14,27 +14,22 @@ the quotient of two medians; where the turns of a form differ by more than a qua
 disturbed, and no ratio is printed.
 """
 
-import argparse
 import functools
-import json
 import os
 import platform
-import re
-import sys
 import time
-from pathlib import Path
 
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import record  # it puts the article on the path
 from flax import nnx
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
-from render.memory import keep_memory  # noqa: E402
+# isort: split
+from render.memory import keep_memory
 
-import annotated_s4d as s4d  # noqa: E402
+import annotated_s4d as s4d
 
 try:
     import torch
@@ -356,21 +351,20 @@ def limits(turns):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put it into README.md")
-    parser.add_argument("--turns", type=int, default=15, help="of each form (15)")
-    options = parser.parse_args()
+    what = "how fast kernel, training step and generation are, beside the plain forms"
+    options = record.parser(what, "speed").parse_args()
+    turns = 5 if options.quick else 15
     keep_memory()
     versions = f"jax {jax.__version__}, flax {flax.__version__}"
     versions += f", torch {torch.__version__}" if torch else ", PyTorch not installed"
     said = (
-        "Measured with `python tests/measure_speed.py` on "
+        "Measured with `python tests/measure/speed.py` on "
         f"{jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores; "
         f"Python {platform.python_version()}, {versions}; glibc keeps its pages; "
-        f"medians of {options.turns} turns ± quartiles):"
+        f"medians of {turns} turns ± quartiles):"
     )
     print(said)
-    few, rates = max(5, options.turns // 2), limits(options.turns)
+    few, rates = max(5, turns // 2), limits(turns)
     units = {"product": "GFLOP/s", "FFT": "GFLOP/s", "copying": "GB/s"}
     machine = (
         ("this machine", kind, f"{rate / 1e9:.0f} {units[kind]}", "")
@@ -379,29 +373,25 @@ def main():
     table = []
     for part in (
         machine,
-        kernels(1024, options.turns),
+        kernels(1024, turns),
         kernels(4096, few),
         memory(),
         training(few, expand=0),
         training(few, expand=2),
-        parts(options.turns, rates),
-        prefix(options.turns),
-        generation(options.turns),
+        parts(turns, rates),
+        prefix(turns),
+        generation(turns),
         sampling(few),
     ):
         for row in part:
             print("{:44s} {:18s} {:>20s} {:>18s}".format(*row), flush=True)
             table.append(row)
-    if options.write:
-        text = json.dumps({"said": said, "table": table}, indent=1, ensure_ascii=False)
-        (ROOT / "assets" / "speed.json").write_text(text + "\n", encoding="utf-8")
+    file = record.place(options, "speed")
+    record.keep(file, "python tests/measure/speed.py", said=said, table=table)
+    if not options.quick:
         lines = ["| what | form | measured | by ours |", "|:--|:--|--:|--:|"]
         lines += [f"| {' | '.join(row)} |" for row in table]
-        readme = ROOT / "README.md"
-        text, table = readme.read_text(encoding="utf-8"), "\n".join(lines)
-        marks = r"(?s)(<!-- speed -->\n).*?(\n<!-- end -->)"
-        text = re.sub(marks, rf"\g<1>{said}\n\n{table}\g<2>", text)
-        readme.write_text(text, encoding="utf-8")
+        record.keep_table("speed", "\n".join([said, "", *lines]))
 
 
 if __name__ == "__main__":

@@ -1,32 +1,23 @@
 """The article's classifier with each kernel: S4D, DSS and S4, under one budget.
 
-    python tests/measure_kernels.py
-    python tests/measure_kernels.py --epochs 1 --seeds 0    a rehearsal
-
-Both write assets/kernels.json, which the table of Appendix B reads; delete it after a
-rehearsal.
+    python tests/measure/kernels.py          write assets/kernels.json, for Appendix B
+    python tests/measure/kernels.py --quick  one epoch, one seed; writes nothing
 
 The recipe is that of `train_digits`, with fewer epochs; seeds 0, 1 and 2. Nothing is
 chosen, so the validation images are only watched.
 """
 
-import argparse
-import json
-import platform
-import sys
 import time
-from pathlib import Path
 
-import flax
 import jax
 import numpy as np
+import record  # it puts the article on the path
 from flax import nnx
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
-from render.memory import keep_memory  # noqa: E402
+# isort: split
+from render.memory import keep_memory
 
-import annotated_s4d as s4d  # noqa: E402
+import annotated_s4d as s4d
 
 
 def run(kernel, seed, epochs):
@@ -70,26 +61,17 @@ def measure(kernel, seeds, epochs):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    arguments = parser.parse_args()
+    what = "the article's classifier with S4D, DSS and S4, under one budget"
+    options = record.parser(what, "kernels").parse_args()
+    epochs, seeds = (1, [0]) if options.quick else (15, [0, 1, 2])
     keep_memory()  # as the script does
-    result = dict(
-        command=" ".join(["python tests/measure_kernels.py", *sys.argv[1:]]),
-        versions=dict(
-            python=platform.python_version(), jax=jax.__version__, flax=flax.__version__
-        ),
-        device=str(jax.devices()[0]),
-        epochs=arguments.epochs,
-        seeds=arguments.seeds,
-    )
+    result = dict(epochs=epochs, seeds=seeds)
     for kernel in ("s4d", "dss", "s4"):
-        r = result[kernel] = measure(kernel, arguments.seeds, arguments.epochs)
+        r = result[kernel] = measure(kernel, seeds, epochs)
         accuracy = f"{r['mean']:.2%} ± {r['spread']:.2%}"
         print(f"{kernel}: {r['parameters']:,} parameters, {accuracy}")
-    path = ROOT / "assets" / "kernels.json"
-    path.write_text(json.dumps(result, indent=1, default=float) + "\n")
+    file = record.place(options, "kernels")
+    record.keep(file, "python tests/measure/kernels.py", **result)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,7 @@
 """Time and memory of one gradient against the length of its sequence.
 
-    python tests/measure_lengths.py
-    python tests/measure_lengths.py --longest 14    a rehearsal, up to 2^14 samples
-
-Both write assets/lengths.json, which a figure of Part 11 reads; delete it after a
-rehearsal.
+    python tests/measure/lengths.py          write assets/lengths.json, for Appendix C
+    python tests/measure/lengths.py --quick  up to 2^14 samples; writes nothing
 
 Three ways, for a model of two blocks with 16 channels and a state of 64: at once by
 convolution, by chunks of 4,096 samples that the gradient computes once more, and by the
@@ -20,14 +17,14 @@ import argparse
 import ctypes
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import record  # it puts the article on the path
+
 MEGABYTE = 2**20
 SIZES = dict(d_model=16, d_state=64, n_layers=2)
 WAYS = {"at once": "s4d", "in chunks": "s4d", "parallel scan": "scan"}
@@ -36,8 +33,6 @@ CHUNK = 4096
 
 def load():
     """Import the article, and name a layer that runs by parallel scan."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
-
     import annotated_s4d as s4d
 
     class ScanS4D(s4d.S4D):
@@ -138,8 +133,8 @@ def in_a_process(devices=1, **job):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--longest", type=int, default=20, help="log2 of it (20)")
+    what = "time and memory of one gradient against the length of its sequence"
+    parser = record.parser(what, "lengths")
     parser.add_argument("--limit", type=float, default=8, help="gigabytes (8)")
     parser.add_argument("--turns", type=int, default=7, help="timed runs (7; long: 3)")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -150,24 +145,16 @@ def main():
         return print(json.dumps(work(**job), default=float))
     rest = dict(limit=options.limit, turns=options.turns)
     ways = {way: [] for way in WAYS}
-    for power in range(10, options.longest + 1, 2):
+    longest = 14 if options.quick else 20  # log2 of it
+    for power in range(10, longest + 1, 2):
         for way, rows in ways.items():  # they take turns
             rows.append(in_a_process(way=way, L=2**power, **rest))
             print(way, rows[-1], flush=True)
     divided = [
-        in_a_process(devices, L=2 ** min(16, options.longest))
-        for devices in (1, 2, 4, 8)
+        in_a_process(devices, L=2 ** min(16, longest)) for devices in (1, 2, 4, 8)
     ]
     print(*divided, sep="\n")
-    import flax
-    import jax
-
     result = dict(
-        command=" ".join(["python tests/measure_lengths.py", *sys.argv[1:]]),
-        versions=dict(
-            python=platform.python_version(), jax=jax.__version__, flax=flax.__version__
-        ),
-        cores=os.cpu_count(),
         seed=0,
         model=SIZES,
         chunk=CHUNK,
@@ -175,8 +162,8 @@ def main():
         ways=ways,
         divided=divided,
     )
-    path = ROOT / "assets" / "lengths.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    file = record.place(options, "lengths")
+    record.keep(file, "python tests/measure/lengths.py", **result)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,31 @@
 """How fast and how light the web page is, in Chromium on this machine.
 
-    python tests/measure_page.py            measure; write the table in README.md
-    python tests/measure_page.py --quick    one of each, print, write nothing
+    python tests/measure/page.py            measure; write the table in assets/page.md
+    python tests/measure/page.py --quick    one of each, print, write nothing
 
 Times are medians of five, each server fresh where it says cold, each visit in a new tab
 with nothing in its cache, of a browser that is running. Needs Debian's
 `chromium`, and a machine that does nothing else meanwhile.
 """
 
-import argparse
 import asyncio
 import os
 import platform
 import re
 import statistics
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import record  # it puts the article on the path
+
+# isort: split
 import streamlit
 from playwright.sync_api import sync_playwright
 from streamlit.proto.BackMsg_pb2 import BackMsg
 from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
+from test_page import CAPTIONS, CHROMIUM, FINE, FLAGS, LIVE, SLOW, serve
 from tornado.websocket import websocket_connect
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from test_page import CAPTIONS, CHROMIUM, FINE, FLAGS, LIVE, SLOW, serve  # noqa: E402
 
 MOVED = [pair for pair in LIVE if pair[0] not in SLOW and pair not in FINE]
 TITLE = """document.querySelector(".article h1")
@@ -172,7 +170,7 @@ def measure(repeats, visitors, many):
         cold = []
         for _ in range(repeats):
             tab = open_tab(browser)
-            server, address = serve(ROOT)
+            server, address = serve(record.ROOT)
             cold.append(visit(tab, address))
             tab.context.close()
             server.kill()
@@ -182,7 +180,7 @@ def measure(repeats, visitors, many):
         yield say("cold server: headings of all parts", "2 s", f"{headings:.1f} s")
         yield say("cold server: everything", "5 s", f"{everything:.1f} s")
 
-        server, address = serve(ROOT)
+        server, address = serve(record.ROOT)
         warm = []
         for _ in range(1 + repeats):
             tab = open_tab(browser)
@@ -227,7 +225,7 @@ def measure(repeats, visitors, many):
         server.kill()
         server.wait()
     for browsers, who in ((1, "one a browser"), (10, "all browsers here")):
-        server, address = serve(ROOT)
+        server, address = serve(record.ROOT)
         title, complete, received = crowd(address, browsers)
         what = f"ten at once, cold server, {who}: "
         yield say(what + "the title", "10 s", f"{title:.1f} s")
@@ -239,24 +237,22 @@ def measure(repeats, visitors, many):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="print only")
-    quick = parser.parse_args().quick
+    what = "how fast and how light the web page is, in Chromium on this machine"
+    options = record.parser(what, "page").parse_args()
+    quick = options.quick
     rows = list(measure(*((1, 1, 40) if quick else (5, 10, 400))))
+    file = record.place(options, "page")
+    record.keep(file, "python tests/measure/page.py", table=rows)
     if quick:
         return
     machine = (
-        f"Measured with `python tests/measure_page.py` (medians of five; streamlit "
+        f"Measured with `python tests/measure/page.py` (medians of five; streamlit "
         f"{streamlit.__version__}, Python {platform.python_version()}, "
         f"{os.cpu_count()} CPU cores):"
     )
     lines = ["| what | limit | measured |", "|:-----|------:|---------:|"]
     lines += [f"| {what} | {limit} | {value} |" for what, limit, value in rows]
-    table = "\n".join([machine, "", *lines])
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    marks = r"(?s)(<!-- page -->\n).*?(\n<!-- end -->)"
-    readme.write_text(re.sub(marks, rf"\g<1>{table}\g<2>", text), encoding="utf-8")
+    record.keep_table("page", "\n".join([machine, "", *lines]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What Part 13 reports: initializations, ablations, memory, other kinds of model.
 
-    python tests/measure_evidence.py --data-dir DIR         everything, some two hours
-    python tests/measure_evidence.py delay ablations        some experiments only
+    python tests/measure/evidence.py --data-dir DIR         everything, some two hours
+    python tests/measure/evidence.py delay ablations        some experiments only
 
 Experiments: initializations, delay, ablations, baselines, cost, steps. Each run is
 written to assets/evidence.json when it ends, and not run again: a measurement that was
@@ -14,35 +14,29 @@ the Transformer, on the validation images, with seed 0.
 """
 
 import argparse
-import contextlib
-import datetime
-import fcntl
 import functools
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import record  # it puts the article on the path
 from flax import nnx
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
-import training  # noqa: E402
-from render.memory import keep_memory  # noqa: E402
+# isort: split
+import training
+from digits import GRU, size
+from render.memory import keep_memory
 
-import annotated_s4d as s4d  # noqa: E402
-from tests.measure_digits import GRU, size  # noqa: E402
+import annotated_s4d as s4d
 
-FILE = ROOT / "assets" / "evidence.json"
+COMMAND = "python tests/measure/evidence.py --data-dir DIR"
+FILE = record.ASSETS / "evidence.json"
 SEEDS = (0, 1, 2)
 INITS = ("legs", "inv", "lin", "quad", "rand", "real")
 SIZES = dict(digits=(64, 32, 2), small=(32, 32, 2), whole=(32, 32, 2))
@@ -114,7 +108,7 @@ def fit(model, task, seed, data, validation, frozen=(), **rates):
     for ended in training.run_training(run):
         if ended:
             step, loss, _, accuracy = run.history[-1]
-            log(f"  step {step} loss {loss:.3f} validation {accuracy:.1%}")
+            record.log(f"  step {step} loss {loss:.3f} validation {accuracy:.1%}")
     return dict(seed=seed, validation=run.history[-1][3])
 
 
@@ -337,7 +331,7 @@ def baselines(folder, task="small"):
 
     def chosen(kind):
         def run(seed):
-            trials = recorded()["baselines"]["tried"]
+            trials = record.read(FILE)["baselines"]["tried"]
             runs = [trials[f"{kind} {lr:g}"][0] for lr in RATES[kind]]
             best = max(runs, key=lambda run: run["validation"])
             if seed == best["seed"]:
@@ -436,33 +430,10 @@ EXPERIMENTS = {
 # -- the record ------------------------------------------------------------------------
 
 
-def log(line):
-    print(line, file=sys.stderr, flush=True)
-
-
-def recorded():
-    """What is in the file so far."""
-    return json.loads(FILE.read_text()) if FILE.exists() else {}
-
-
-@contextlib.contextmanager
-def changed():
-    """What is in the file, to be changed; it is written whole, or not at all."""
-    folder = os.open(FILE.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        everything = recorded() | header()
-        yield everything
-        new = FILE.with_suffix(".new")
-        new.write_text(json.dumps(everything, indent=1) + "\n")
-        os.replace(new, FILE)
-    finally:
-        os.close(folder)  # and with it the lock
-
-
-def record(experiment, group, variant, result):
-    """Add a run to the file. Two processes may do so at once."""
-    with changed() as everything:
+def add(experiment, group, variant, result):
+    """Add a run to the file."""
+    with record.changed(FILE, COMMAND) as everything:
+        everything["seeds"] = SEEDS
         place = everything.setdefault(experiment, {}).setdefault(group, {})
         runs = place.setdefault(variant, [])
         if result["seed"] not in [run["seed"] for run in runs]:  # the first one counts
@@ -472,19 +443,6 @@ def record(experiment, group, variant, result):
 
 def rounded(value):
     return float(f"{value:.6g}") if isinstance(value, (float, np.floating)) else value
-
-
-def header():
-    """Where the numbers come from."""
-    return dict(
-        command="python tests/measure_evidence.py --data-dir DIR",
-        date=datetime.date.today().isoformat(),
-        versions=dict(
-            python=platform.python_version(), jax=jax.__version__, flax=flax.__version__
-        ),
-        device=f"{jax.devices()[0]}, {os.cpu_count()} cores",
-        seeds=SEEDS,
-    )
 
 
 def settings(folder):
@@ -508,17 +466,17 @@ def measure(name, folder, seeds=SEEDS):
     for group, runs in EXPERIMENTS[name](folder):
         for seed in seeds[:1] if group == "tried" else seeds:
             for variant, run in runs:
-                done = recorded().get(name, {}).get(group, {}).get(variant, [])
+                done = record.read(FILE).get(name, {}).get(group, {}).get(variant, [])
                 if seed in [result["seed"] for result in done]:
                     continue
-                log(f"{name}, {group}: {variant}, seed {seed}")
+                record.log(f"{name}, {group}: {variant}, seed {seed}")
                 result = run(seed)
-                log(f"  {result}")
-                record(name, group, variant, result)
+                record.log(f"  {result}")
+                add(name, group, variant, result)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="what Part 13 reports")
     parser.add_argument(
         "names", nargs="*", metavar="experiment", help=str([*EXPERIMENTS])
     )
@@ -533,7 +491,7 @@ def main():
     if odd:
         parser.error(f"unknown: {sorted(odd)}; allowed: {[*EXPERIMENTS]}")
     if not set(arguments.names) or set(arguments.names) - {"delay", "cost", "steps"}:
-        with changed() as everything:
+        with record.changed(FILE, COMMAND) as everything:
             everything["settings"] = settings(arguments.data_dir)
     for name in arguments.names or EXPERIMENTS:
         measure(name, arguments.data_dir)

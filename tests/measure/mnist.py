@@ -1,17 +1,15 @@
 """Sequential MNIST from the command line: one run, its time, its test accuracy.
 
-    python tests/measure_mnist.py                     fetches MNIST
-    python tests/measure_mnist.py --data-dir DIR      reads its four files from a folder
+    python tests/measure/mnist.py                     fetches MNIST
+    python tests/measure/mnist.py --data-dir DIR      reads its four files from a folder
+    python tests/measure/mnist.py --quick             one epoch; writes nothing
 
 Starts `notebooks/training.py` and keeps what that reports in assets/mnist.json, which
 Part 13 reads. A run that was stopped goes on where it was: its checkpoints are in
 --folder until it has ended.
 """
 
-import argparse
 import json
-import os
-import platform
 import re
 import shlex
 import shutil
@@ -21,12 +19,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import flax
-import jax
+import record  # it puts the article on the path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
-import training  # noqa: E402
+# isort: split
+import training
 
 SETTINGS = (
     "--dataset mnist --d-model 64 --d-state 64 --n-layers 3 --expand 0 "
@@ -34,14 +30,9 @@ SETTINGS = (
 )
 
 
-def record(settings, images, metrics, said):
-    """What a run has reported: its settings, its lines of JSON, its last words."""
+def reported(images, metrics, said):
+    """What a run has reported: its lines of JSON, its last words."""
     return dict(
-        command="python notebooks/training.py " + settings,
-        versions=dict(
-            python=platform.python_version(), jax=jax.__version__, flax=flax.__version__
-        ),
-        cores=os.cpu_count(),
         images=images,
         epochs=[json.loads(line) for line in metrics.splitlines()],
         test=float(re.search(r"test: .*accuracy (\S+)%", said)[1]) / 100,
@@ -49,15 +40,14 @@ def record(settings, images, metrics, said):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.parser("one run of sequential MNIST, its time and test", "mnist")
     parser.add_argument("--data-dir", help="folder with MNIST's four files")
     place = Path(tempfile.gettempdir()) / "annotated_s4d_mnist"
     parser.add_argument(
         "--folder", type=Path, default=place, help=f"for checkpoints ({place})"
     )
-    parser.add_argument("--epochs", type=int, default=27, help="(27)")
     options = parser.parse_args()
-    settings = f"{SETTINGS} --epochs {options.epochs}"
+    settings = f"{SETTINGS} --epochs {1 if options.quick else 27}"
     folder = options.folder
     folder.mkdir(exist_ok=True)
     words = [*shlex.split(settings), "--checkpoint-dir", folder / "run"]
@@ -75,8 +65,9 @@ def main():
         return run.returncode
     metrics = (folder / "run.jsonl").read_text(encoding="utf-8")
     images = [len(part[0]) for part in training.load_mnist(options.data_dir)]
-    text = json.dumps(record(settings, images, metrics, said), indent=1)
-    (ROOT / "assets" / "mnist.json").write_text(text + "\n", encoding="utf-8")
+    command = "python notebooks/training.py " + settings
+    file = record.place(options, "mnist")
+    record.keep(file, command, **reported(images, metrics, said))
     shutil.rmtree(folder)
 
 

@@ -1,30 +1,24 @@
 """Three seeds of the article's classifier, and a GRU of the same size and budget.
 
-    python tests/measure_digits.py           train everything, write assets/digits.json
-    python tests/measure_digits.py --quick   a minute's rehearsal; writes nothing
+    python tests/measure/digits.py           train everything, write assets/digits.json
+    python tests/measure/digits.py --quick   a minute's rehearsal; writes nothing
 
 The GRU has two layers between the same encoder and decoder, with about as many
 parameters as the S4D model, and trains for about as many seconds. Its learning rate is
 chosen on the validation images, with seed 0.
 """
 
-import argparse
-import json
-import platform
-import sys
 import time
-from pathlib import Path
 
-import flax
 import jax
 import numpy as np
+import record  # it puts the article on the path
 from flax import nnx
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
-from render.memory import keep_memory  # noqa: E402
+# isort: split
+from render.memory import keep_memory
 
-import annotated_s4d as s4d  # noqa: E402
+import annotated_s4d as s4d
 
 
 class GRU(nnx.Module):
@@ -105,15 +99,12 @@ def summary(runs, parameters):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="two epochs, nothing written"
-    )
-    quick = parser.parse_args().quick
+    what = "three seeds of the article's classifier, and a GRU as large"
+    options = record.parser(what, "digits").parse_args()
     keep_memory()  # as the script does
     data, *_ = s4d.load_digits()
     epoch = seconds_per_epoch(make_gru(0), data)
-    if quick:
+    if options.quick:
         print(f"GRU: {size(make_gru(0)):,} parameters, {epoch:.1f} s an epoch")
         print(run_gru(0, 2, 4e-3))
         return
@@ -123,17 +114,12 @@ def main():
     best = max(tried, key=lambda run: run["validation"])
     gru = [best] + [run_gru(seed, epochs, best["lr"]) for seed in (1, 2)]
     result = dict(
-        command="python tests/measure_digits.py",
-        versions=dict(
-            python=platform.python_version(), jax=jax.__version__, flax=flax.__version__
-        ),
-        device=str(jax.devices()[0]),
         s4d=summary(ours, size(s4d.digit_model(0))),
         gru=summary(gru, size(make_gru(0))),
         gru_tried=tried,
     )
-    path = ROOT / "assets" / "digits.json"
-    path.write_text(json.dumps(result, indent=1, default=float) + "\n")
+    file = record.place(options, "digits")
+    record.keep(file, "python tests/measure/digits.py", **result)
     for name in ("s4d", "gru"):
         r = result[name]
         print(
