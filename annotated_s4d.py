@@ -329,8 +329,7 @@ def oscillator(mass=1.0, spring=40.0, damping=2.0):
 # in time with the spring. We look at eight seconds of it, 25 samples a second.
 
 # %%
-DT = 0.04
-STEPS = 200  # seconds, samples
+DT, STEPS = 0.04, 200  # seconds, samples
 
 
 def force(t):
@@ -522,10 +521,8 @@ if RUN:
 def held_input(dt=0.2):
     """The force and its held samples (top). The mass under the held force (bottom):
     zero-order hold is exact at the samples, the bilinear rule is not."""
-    (A, B, C) = oscillator()
-    k = np.arange(int(6 / dt))
-    u = force(k * dt)
-    t = np.linspace(0, (len(k) - 1) * dt, 600)
+    (A, B, C), k = oscillator(), np.arange(int(6 / dt))
+    u, t = force(k * dt), np.linspace(0, (len(k) - 1) * dt, 600)
     fig, (top, bottom) = canvas(2, 1, 4.0, sharex=True)
     top.plot(t, force(t), color=INK)
     top.step(k * dt, u, where="post", color=BLUE)
@@ -649,8 +646,7 @@ def oscillator_kernel(damping=2.0, spring=40.0):
     kernel, scaled by the force; four of them are drawn, and the sum of all is the
     output (right)."""
     A, B, C = oscillator(1.0, spring, damping)
-    u = force(np.arange(STEPS) * DT)
-    t = np.arange(STEPS) * DT
+    u, t = force(np.arange(STEPS) * DT), np.arange(STEPS) * DT
     K = np.asarray(ssm_kernel(*ssm_discretize(A, B, DT), C, STEPS))
     fig, (left, right) = canvas(1, 2, 2.8)
     left.plot(t[:80], K[:80], ".-", lw=0.8, ms=4)
@@ -703,12 +699,10 @@ def oscillator_kernel(damping=2.0, spring=40.0):
 if RUN:
     poles, V = np.linalg.eig(A)
     print("poles of the spring:", np.round(poles, 3))
-    B_eig = np.linalg.solve(V, B)
-    C_eig = C @ V
+    B_eig, C_eig = np.linalg.solve(V, B), C @ V
     poles_bar = np.exp(DT * poles)
     B_eig_bar = (poles_bar - 1) / poles * B_eig
-    x = np.zeros(2, complex)
-    y_eig = []
+    x, y_eig = np.zeros(2, complex), []
     for u_k in u:
         x = poles_bar * x + B_eig_bar * u_k  # each mode by its own pole
         y_eig.append(C_eig @ x)
@@ -763,8 +757,7 @@ if RUN:
 def phi(z):
     """Compute (e^z - 1) / z, which is 1 at z = 0, to full precision."""
     small = abs(z) < 0.5  # each branch gets its own z, so that the other stays finite
-    near = jnp.where(small, z, 0)
-    far = jnp.where(small, 1, z)
+    near, far = jnp.where(small, z, 0), jnp.where(small, 1, z)
 
     def term(i, series):  # 1 + z/2 (1 + z/3 (1 + z/4 ..., from the inside
         return 1 + near / (16 - i) * series
@@ -863,13 +856,11 @@ def s4d_recurrence(A_bar, B_bar, C, u, x0=None, A_rest=0.0, timed=False):
         x = A_bar * x + (A_rest * x + B_bar * u_k[..., None])
         return x, 2 * (C * x).sum(-1).real
 
-    system = (A_bar, B_bar, A_rest)
-    now = jnp.moveaxis(u, -1, 0)
+    system, now = (A_bar, B_bar, A_rest), jnp.moveaxis(u, -1, 0)
     if timed:
         require_time(u, *system)
         times = (jnp.moveaxis(v, -2, 0) for v in jnp.broadcast_arrays(*system))
-        now = (now, *times)
-        B_bar = B_bar[..., 0, :]
+        now, B_bar = (now, *times), B_bar[..., 0, :]
     x = B_bar * jnp.zeros_like(u[..., :1]) if x0 is None else x0  # (..., N/2)
     x, y = jax.lax.scan(step, x, now)
     return jnp.moveaxis(y, 0, -1), x
@@ -958,8 +949,7 @@ def responses(poles, weights, dt, u):
 
     poles and weights (N/2,) complex, with B = 1.
     """
-    ones = np.ones(len(poles))
-    omega = 1j * np.arange(201) / 10
+    ones, omega = np.ones(len(poles)), 1j * np.arange(201) / 10
     K = np.asarray(vandermonde_kernel(poles, ones, weights, dt, len(u)))
     upper = weights / (omega[:, None] - poles)  # (201, N/2)
     lower = weights.conj() / (omega[:, None] - poles.conj())
@@ -969,8 +959,7 @@ def responses(poles, weights, dt, u):
 # %% tags=["hide"] jupyter={"source_hidden": true}
 def explorer_data():
     """What the explorer starts from: poles as rows [Re A, Im A, Re C, Im C]."""
-    default = inspect.signature(explorer).parameters
-    rng = np.random.default_rng(0)
+    default, rng = inspect.signature(explorer).parameters, np.random.default_rng(0)
 
     def rows(A, C):
         A, C = (np.asarray(v, complex).round(3) for v in (A, C))
@@ -994,14 +983,12 @@ def explorer(poles=(-1 + 6.24j, -0.4 + 2j), weights=(1.0, 0.5)):
     """Two poles and their conjugates, the kernel that they make together, its frequency
     response (dotted: where the poles are), and its response to the force of Part 1
     (grey)."""
-    t = np.arange(STEPS) * DT
-    (poles, weights) = map(np.asarray, (poles, weights))
+    t, (poles, weights) = np.arange(STEPS) * DT, map(np.asarray, (poles, weights))
     K, G, y = responses(poles, weights, DT, force(t))
     fig, ((plane, kernel), (spectrum, output)) = canvas(2, 2, 4.4)
     for pole in poles:
         (dot,) = plane.plot(pole.real, pole.imag, "o", ms=8)
-        color = dot.get_color()
-        height = (G.min(), G.max())
+        color, height = dot.get_color(), (G.min(), G.max())
         plane.plot(pole.real, -pole.imag, "o", ms=8, color=color, alpha=0.4)
         spectrum.plot([pole.imag] * 2, height, ":", color=color, lw=1.2)
     plane.set(xlim=(-4, 0.5), ylim=(-20, 20), title="poles and conjugates")
