@@ -4294,6 +4294,10 @@ if RUN:
 # make little use of a second core: a trace of such a step (`jax.profiler.trace`, JAX
 # 0.10) shows most of them on a single one.
 #
+# *What stands: the choices of this page, measured, with their noise. Exercise: the rule
+# above takes the test images as given. Each of 360 images is a draw, too. How far apart
+# must two accuracies of about 95% be, before other images would agree?*
+#
 # ### ★ A GELU and a linear map of our own
 #
 # Part 8 wrote two things that its libraries have. JAX's GELU is written with
@@ -4322,11 +4326,6 @@ if RUN:
         times.append(best_time(jax.grad(loss), params, many))
     print(f"the gradient of nnx.Linear by that of ours: {times[1] / times[0]:.1f}")
 
-
-# %% [markdown]
-# *What stands: the choices of this page, measured, with their noise. Exercise: the rule
-# above takes the test images as given. Each of 360 images is a draw, too. How far apart
-# must two accuracies of about 95% be, before other images would agree?*
 
 # %% [markdown]
 # ## Closing: all views agree

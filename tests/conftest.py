@@ -1,8 +1,8 @@
 """Put the article on the path, and offer both precisions to the tests."""
 
 import os
+import shutil
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
@@ -13,12 +13,17 @@ from pathlib import Path
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# What one process has compiled, the others read from a folder. The workers inherit its
-# name; it goes when the process that made it ends.
+ROOT = Path(__file__).parent.parent
+
+# What one process has compiled the others read from a folder, and so does the next run
+# of the tests, which then takes half the time. Git ignores it; it is emptied when it has
+# grown large. The workers inherit its name.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    compiled = tempfile.TemporaryDirectory(prefix="compiled-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    compiled = ROOT / ".compiled"
+    if sum(file.stat().st_size for file in compiled.glob("*")) > 500e6:
+        shutil.rmtree(compiled)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 import jax
 import pytest
@@ -33,7 +38,6 @@ FASTER = {
 if jax.__version_info__[:2] in FASTER:
     os.environ.setdefault("XLA_FLAGS", FASTER[jax.__version_info__[:2]])
 
-ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / room) for room in (".", "notebooks", "tests/measure")]
 
 from render.memory import keep_memory  # noqa: E402
