@@ -13,13 +13,11 @@ from pathlib import Path
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-ROOT = Path(__file__).parent.parent
-
 # What one process has compiled the others read from a folder, and so does the next run
-# of the tests, which then takes half the time. Git ignores it; it is emptied when it has
-# grown large. The workers inherit its name.
+# of the tests, which then takes half the time. Git ignores it, and it is emptied when
+# it has grown large. The workers inherit its name.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    compiled = ROOT / ".compiled"
+    compiled = Path(__file__).parent.parent / ".compiled"
     if sum(file.stat().st_size for file in compiled.glob("*")) > 500e6:
         shutil.rmtree(compiled)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
@@ -38,6 +36,7 @@ FASTER = {
 if jax.__version_info__[:2] in FASTER:
     os.environ.setdefault("XLA_FLAGS", FASTER[jax.__version_info__[:2]])
 
+ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / room) for room in (".", "notebooks", "tests/measure")]
 
 from render.memory import keep_memory  # noqa: E402
