@@ -1,12 +1,14 @@
-"""The benchmark in miniature, its record, and what Part 13 says about it."""
+"""The benchmark in miniature, the recorder, and what Part 13 says about its record."""
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import record
 import speed as m
 from flax import nnx
 from oracle import error, noise
@@ -92,6 +94,84 @@ def test_parts_and_a_step_are_measured():
     rows = list(m.training(2, 0, **sizes, layers=1))
     assert [row[1] for row in rows][:2] == ["ours", "plain JAX"]
     assert all(rate > 0 for rate in m.limits(1).values())
+
+
+# -- the recorder ---------------------------------------------------------------------
+
+
+def begun(monkeypatch, *words):
+    """The options of a measurement with a flag of its own, of a place, and --quick."""
+    monkeypatch.setattr(sys, "argv", ["trial.py", *map(str, words)])
+    flags = record.parser("a trial", "trial", "little")
+    flags.add_argument("--turns", type=record.positive, default=7)
+    flags.add_argument("--folder")
+    return record.begin(flags, same=["folder"])
+
+
+def test_a_rehearsal_writes_only_where_it_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(record, "ASSETS", tmp_path / "assets")
+    for words in (["--quick"], ["--turns", 2]):
+        options = begun(monkeypatch, *words)
+        assert record.once(options, "one", lambda: 3) == 3
+        record.keep(options, found=3)
+        record.keep_table(options, "a table")
+        assert not list(tmp_path.iterdir())
+    for words in ([], ["--turns", 7], ["--folder", "x"]):
+        options = begun(monkeypatch, *words)
+        assert options.file == tmp_path / "assets" / "trial.json"
+        assert options.command == "python tests/measure/trial.py"
+    file = tmp_path / "other.json"
+    options = begun(monkeypatch, "--quick", "--turns", 2, "--output", file)
+    file.write_text(json.dumps(dict(of="another measurement")))
+    record.keep(options, found=np.float32(3))
+    record.keep_table(options, "a table")
+    saved = json.loads(file.read_text())
+    assert saved["found"] == 3 and "of" not in saved
+    assert saved["command"] == "python tests/measure/trial.py --quick --turns 2"
+    assert "a table" in (tmp_path / "other.md").read_text()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_stopped_measurement_goes_on_where_it_was(monkeypatch, tmp_path):
+    calls, file = [], tmp_path / "trial.json"
+
+    def work(name):
+        calls.append(name)
+        return [name, 1 / 3]
+
+    options = begun(monkeypatch, "--output", file)
+    record.once(options, "a", work, "a")
+    with open(record.part(file), "a") as stream:
+        stream.write('[{"command": "it was stopped he')
+    for name in ("a", "b", "b"):
+        assert record.once(options, name, work, name) == [name, 1 / 3]
+    assert calls == ["a", "b"] and not file.exists()
+    another = begun(monkeypatch, "--turns", 2, "--output", file)
+    record.once(another, "a", work, "a")  # other turns, other numbers
+    assert calls == ["a", "b", "a"]
+    record.keep(options, found=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["trial.json"]
+    record.once(options, "a", work, "a")  # it had ended, and is measured anew
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [("--turns", "0"), ("--turns", "x"), ("--output", "."), ("--output", "a/b")],
+)
+def test_a_flag_is_refused_before_anything_is_measured(
+    flag, value, monkeypatch, capsys
+):
+    with pytest.raises(SystemExit):
+        begun(monkeypatch, flag, value)
+    said = capsys.readouterr().err
+    assert value in said and "allowed" in said
+
+
+def test_scripts_have_their_help_without_docstrings():
+    """python -OO strips them."""
+    for path in (ROOT / "tests" / "measure").glob("*.py"):
+        assert "__doc__" not in path.read_text(encoding="utf-8"), path
 
 
 # -- the record -----------------------------------------------------------------------

@@ -100,26 +100,35 @@ def summary(runs, parameters):
 
 def main():
     what = "three seeds of the article's classifier, and a GRU as large"
-    options = record.parser(what, "digits").parse_args()
+    quick = "two epochs of the GRU, nothing written"
+    options = record.begin(record.parser(what, "digits", quick))
     keep_memory()  # as the script does
     data, *_ = s4d.load_digits()
-    epoch = seconds_per_epoch(make_gru(0), data)
+    epoch = record.once(options, "an epoch", seconds_per_epoch, make_gru(0), data)
     if options.quick:
         print(f"GRU: {size(make_gru(0)):,} parameters, {epoch:.1f} s an epoch")
-        print(run_gru(0, 2, 4e-3))
-        return
-    ours = [run_s4d(seed) for seed in (0, 1, 2)]
+        found = run_gru(0, 2, 4e-3)
+        record.keep(options, gru_tried=[found])
+        return print(found)
+
+    def gru_runs(epochs, *runs):
+        for seed, lr in runs:
+            name = f"GRU, seed {seed}, rate {lr:g}"
+            yield record.once(options, name, run_gru, seed, epochs, lr)
+
+    ours = [
+        record.once(options, f"S4D, seed {seed}", run_s4d, seed) for seed in (0, 1, 2)
+    ]
     epochs = round(np.mean([run["seconds"] for run in ours]) / epoch)
-    tried = [run_gru(0, epochs, lr) for lr in (1e-3, 4e-3, 1e-2)]
+    tried = list(gru_runs(epochs, (0, 1e-3), (0, 4e-3), (0, 1e-2)))
     best = max(tried, key=lambda run: run["validation"])
-    gru = [best] + [run_gru(seed, epochs, best["lr"]) for seed in (1, 2)]
+    gru = [best, *gru_runs(epochs, (1, best["lr"]), (2, best["lr"]))]
     result = dict(
         s4d=summary(ours, size(s4d.digit_model(0))),
         gru=summary(gru, size(make_gru(0))),
         gru_tried=tried,
     )
-    file = record.place(options, "digits")
-    record.keep(file, "python tests/measure/digits.py", **result)
+    record.keep(options, **result)
     for name in ("s4d", "gru"):
         r = result[name]
         print(

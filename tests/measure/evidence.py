@@ -476,20 +476,22 @@ def measure(name, folder, seeds=SEEDS):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="what Part 13 reports")
-    parser.add_argument(
+    global FILE
+    flags = record.parser("what Part 13 reports", "evidence")
+    flags.add_argument(
         "names", nargs="*", metavar="experiment", help=str([*EXPERIMENTS])
     )
-    parser.add_argument("--data-dir", help="the folder with MNIST's four files")
-    parser.add_argument("--cost", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    flags.add_argument("--data-dir", help="the folder with MNIST's four files")
+    flags.add_argument("--cost", nargs=2, help=argparse.SUPPRESS)
+    arguments = record.begin(flags, same=("names", "data_dir"))
     keep_memory()  # as the script does
     if arguments.cost:
         kind, L = arguments.cost
         return print(json.dumps(train_cost(kind, int(L))))
     odd = set(arguments.names) - set(EXPERIMENTS)
+    FILE = arguments.output or FILE
     if odd:
-        parser.error(f"unknown: {sorted(odd)}; allowed: {[*EXPERIMENTS]}")
+        flags.error(f"unknown: {sorted(odd)}; allowed: {[*EXPERIMENTS]}")
     if not set(arguments.names) or set(arguments.names) - {"delay", "cost", "steps"}:
         with record.changed(FILE, COMMAND) as everything:
             everything["settings"] = settings(arguments.data_dir)

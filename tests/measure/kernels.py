@@ -21,22 +21,22 @@ import annotated_s4d as s4d
 
 
 def run(kernel, seed, epochs):
-    """Train one model and test it."""
+    """Train one model and test it. Returns its number of parameters, and the rest."""
     data, validation, test = s4d.load_digits()
     model, start = s4d.digit_model(seed, kernel=kernel), time.perf_counter()
 
     def watch(history):
         step, loss, _, accuracy = history[-1]
         seconds = time.perf_counter() - start
-        print(
+        record.log(
             f"{kernel:4s} seed {seed} step {step:5d} {seconds:5.0f} s"
-            f"   loss {loss:.3f}   validation {accuracy:.1%}",
-            flush=True,
+            f"   loss {loss:.3f}   validation {accuracy:.1%}"
         )
 
     options = dict(epochs=epochs, seed=seed, augment=s4d.nudged, watch=watch)
     history = s4d.train(model, data, validation, **options)
-    return model, dict(
+    params = jax.tree.leaves(nnx.state(model, nnx.Param))
+    return sum(p.size for p in params), dict(
         seed=seed,
         seconds=time.perf_counter() - start,
         validation=history[-1][3],
@@ -44,15 +44,16 @@ def run(kernel, seed, epochs):
     )
 
 
-def measure(kernel, seeds, epochs):
+def measure(options, kernel, seeds, epochs):
     """Train with each seed. Returns what the article reads: mean, spread, all runs."""
     runs = []
     for seed in seeds:
-        model, result = run(kernel, seed, epochs)
+        name = f"{kernel}, seed {seed}"
+        parameters, result = record.once(options, name, run, kernel, seed, epochs)
         runs.append(result)
     test = [result["test"] for result in runs]
     return dict(
-        parameters=sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))),
+        parameters=parameters,
         runs=runs,
         mean=np.mean(test),
         spread=np.std(test, ddof=1) if len(test) > 1 else 0.0,
@@ -62,16 +63,16 @@ def measure(kernel, seeds, epochs):
 
 def main():
     what = "the article's classifier with S4D, DSS and S4, under one budget"
-    options = record.parser(what, "kernels").parse_args()
+    quick = "one epoch, seed 0"
+    options = record.begin(record.parser(what, "kernels", quick))
     epochs, seeds = (1, [0]) if options.quick else (15, [0, 1, 2])
     keep_memory()  # as the script does
     result = dict(epochs=epochs, seeds=seeds)
     for kernel in ("s4d", "dss", "s4"):
-        r = result[kernel] = measure(kernel, seeds, epochs)
+        r = result[kernel] = measure(options, kernel, seeds, epochs)
         accuracy = f"{r['mean']:.2%} ± {r['spread']:.2%}"
         print(f"{kernel}: {r['parameters']:,} parameters, {accuracy}")
-    file = record.place(options, "kernels")
-    record.keep(file, "python tests/measure/kernels.py", **result)
+    record.keep(options, **result)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ several, with virtual devices: compiled only, as they would share these cores.
 
 import argparse
 import ctypes
+import functools
 import json
 import os
 import resource
@@ -134,11 +135,12 @@ def in_a_process(devices=1, **job):
 
 def main():
     what = "time and memory of one gradient against the length of its sequence"
-    parser = record.parser(what, "lengths")
-    parser.add_argument("--limit", type=float, default=8, help="gigabytes (8)")
-    parser.add_argument("--turns", type=int, default=7, help="timed runs (7; long: 3)")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    flags = record.parser(what, "lengths", "up to 2^14 samples")
+    number = dict(type=record.positive)
+    flags.add_argument("--limit", **number, default=8, help="gigabytes (8)")
+    flags.add_argument("--turns", **number, default=7, help="timed runs (7; long: 3)")
+    flags.add_argument("--job", help=argparse.SUPPRESS)
+    options = record.begin(flags)
     if options.job:
         job = json.loads(options.job)
         work = measure_point if "way" in job else measure_devices
@@ -148,11 +150,13 @@ def main():
     longest = 14 if options.quick else 20  # log2 of it
     for power in range(10, longest + 1, 2):
         for way, rows in ways.items():  # they take turns
-            rows.append(in_a_process(way=way, L=2**power, **rest))
+            job = functools.partial(in_a_process, way=way, L=2**power, **rest)
+            rows.append(record.once(options, f"{way}, 2^{power}", job))
             print(way, rows[-1], flush=True)
-    divided = [
-        in_a_process(devices, L=2 ** min(16, longest)) for devices in (1, 2, 4, 8)
-    ]
+    divided = []
+    for devices in (1, 2, 4, 8):
+        job = functools.partial(in_a_process, devices, L=2 ** min(16, longest))
+        divided.append(record.once(options, f"{devices} devices", job))
     print(*divided, sep="\n")
     result = dict(
         seed=0,
@@ -162,8 +166,7 @@ def main():
         ways=ways,
         divided=divided,
     )
-    file = record.place(options, "lengths")
-    record.keep(file, "python tests/measure/lengths.py", **result)
+    record.keep(options, **result)
 
 
 if __name__ == "__main__":

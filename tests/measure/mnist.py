@@ -40,16 +40,16 @@ def reported(images, metrics, said):
 
 
 def main():
-    parser = record.parser("one run of sequential MNIST, its time and test", "mnist")
-    parser.add_argument("--data-dir", help="folder with MNIST's four files")
-    place = Path(tempfile.gettempdir()) / "annotated_s4d_mnist"
-    parser.add_argument(
-        "--folder", type=Path, default=place, help=f"for checkpoints ({place})"
-    )
-    options = parser.parse_args()
-    settings = f"{SETTINGS} --epochs {1 if options.quick else 27}"
-    folder = options.folder
-    folder.mkdir(exist_ok=True)
+    what = "one run of sequential MNIST, its time and its test accuracy"
+    flags = record.parser(what, "mnist", "one epoch")
+    flags.add_argument("--data-dir", help="folder with MNIST's four files")
+    flags.add_argument("--folder", type=Path, help="for checkpoints (a temporary one)")
+    options = record.begin(flags, same=("data_dir", "folder"))
+    epochs = 1 if options.quick else 27
+    settings = f"{SETTINGS} --epochs {epochs}"
+    place = Path(tempfile.gettempdir()) / f"annotated_s4d_mnist_{epochs}"
+    folder = options.folder or place
+    folder.mkdir(parents=True, exist_ok=True)
     words = [*shlex.split(settings), "--checkpoint-dir", folder / "run"]
     words += ["--metrics", folder / "run.jsonl"]
     if options.data_dir:
@@ -65,10 +65,10 @@ def main():
         return run.returncode
     metrics = (folder / "run.jsonl").read_text(encoding="utf-8")
     images = [len(part[0]) for part in training.load_mnist(options.data_dir)]
-    command = "python notebooks/training.py " + settings
-    file = record.place(options, "mnist")
-    record.keep(file, command, **reported(images, metrics, said))
-    shutil.rmtree(folder)
+    options.command = "python notebooks/training.py " + settings
+    record.keep(options, **reported(images, metrics, said))
+    shutil.rmtree(folder / "run")
+    (folder / "run.jsonl").unlink()
 
 
 if __name__ == "__main__":

@@ -238,21 +238,18 @@ def measure(repeats, visitors, many):
 
 def main():
     what = "how fast and how light the web page is, in Chromium on this machine"
-    options = record.parser(what, "page").parse_args()
-    quick = options.quick
-    rows = list(measure(*((1, 1, 40) if quick else (5, 10, 400))))
-    file = record.place(options, "page")
-    record.keep(file, "python tests/measure/page.py", table=rows)
-    if quick:
-        return
+    options = record.begin(record.parser(what, "page", "one visit of each kind"))
+    visits = (1, 1, 40) if options.quick else (5, 10, 400)
+    rows = list(measure(*visits))
+    record.keep(options, table=rows)
     machine = (
-        f"Measured with `python tests/measure/page.py` (medians of five; streamlit "
-        f"{streamlit.__version__}, Python {platform.python_version()}, "
+        f"Measured with `python tests/measure/page.py` (medians of {visits[0]}; "
+        f"streamlit {streamlit.__version__}, Python {platform.python_version()}, "
         f"{os.cpu_count()} CPU cores):"
     )
     lines = ["| what | limit | measured |", "|:-----|------:|---------:|"]
     lines += [f"| {what} | {limit} | {value} |" for what, limit, value in rows]
-    record.keep_table("page", "\n".join([machine, "", *lines]))
+    record.keep_table(options, "\n".join([machine, "", *lines]))
 
 
 if __name__ == "__main__":

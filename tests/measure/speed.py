@@ -352,7 +352,7 @@ def limits(turns):
 
 def main():
     what = "how fast kernel, training step and generation are, beside the plain forms"
-    options = record.parser(what, "speed").parse_args()
+    options = record.begin(record.parser(what, "speed", "five turns of each form"))
     turns = 5 if options.quick else 15
     keep_memory()
     versions = f"jax {jax.__version__}, flax {flax.__version__}"
@@ -364,14 +364,15 @@ def main():
         f"medians of {turns} turns ± quartiles):"
     )
     print(said)
-    few, rates = max(5, turns // 2), limits(turns)
+    few = max(5, turns // 2)
+    rates = record.once(options, "what this machine can do", limits, turns)
     units = {"product": "GFLOP/s", "FFT": "GFLOP/s", "copying": "GB/s"}
     machine = (
         ("this machine", kind, f"{rate / 1e9:.0f} {units[kind]}", "")
         for kind, rate in rates.items()
     )
     table = []
-    for part in (
+    pieces = (
         machine,
         kernels(1024, turns),
         kernels(4096, few),
@@ -382,16 +383,15 @@ def main():
         prefix(turns),
         generation(turns),
         sampling(few),
-    ):
-        for row in part:
+    )
+    for i, piece in enumerate(pieces, 1):
+        for row in record.once(options, f"piece {i} of {len(pieces)}", list, piece):
             print("{:44s} {:18s} {:>20s} {:>18s}".format(*row), flush=True)
             table.append(row)
-    file = record.place(options, "speed")
-    record.keep(file, "python tests/measure/speed.py", said=said, table=table)
-    if not options.quick:
-        lines = ["| what | form | measured | by ours |", "|:--|:--|--:|--:|"]
-        lines += [f"| {' | '.join(row)} |" for row in table]
-        record.keep_table("speed", "\n".join([said, "", *lines]))
+    record.keep(options, said=said, table=table)
+    lines = ["| what | form | measured | by ours |", "|:--|:--|--:|--:|"]
+    lines += [f"| {' | '.join(row)} |" for row in table]
+    record.keep_table(options, "\n".join([said, "", *lines]))
 
 
 if __name__ == "__main__":
