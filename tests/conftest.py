@@ -18,8 +18,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # it has grown large. The workers inherit its name.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = Path(__file__).parent.parent / ".compiled"
-    if sum(file.stat().st_size for file in compiled.glob("*")) > 500e6:
-        shutil.rmtree(compiled)
+    if len(list(compiled.glob("*"))) > 20_000:  # some 700 MB
+        shutil.rmtree(compiled, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 

@@ -75,7 +75,7 @@ def rehearsal():
         if "def echoes(" in source:
             echoes = namespace["echoes"]  # a shorter stream
             namespace["echoes"] = lambda n, echoes=echoes, **options: echoes(
-                n // 16, **options
+                n // 64, **options
             )
         if "def train(" in source:
 
@@ -462,6 +462,7 @@ def test_readme_says_which_tests_to_run():
     told = set(re.findall(r"Appendix \w", table))
     for first, last in re.findall(r"Parts? (\d+)(?: to (\d+))?", table):
         told |= {f"Part {n}" for n in range(int(first), int(last or first) + 1)}
+    assert len(re.findall(r"\| \d+ \|$", table, re.M)) == table.count("\n") - 1
     parts = set(re.findall(r"^# ## ((?:Part|Appendix) \w+):", TEXT, re.M))
     assert told == parts - {"Part 0"}
 

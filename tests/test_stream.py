@@ -172,6 +172,7 @@ def test_refusals():
 
 
 @functools.partial(nnx.jit, static_argnames="size")
+@functools.partial(nnx.jit, static_argnames="size")
 def answers(model, x, u, lengths, weights, size):
     """Answers, last state, and the gradient of a weighted sum for model and state."""
 
