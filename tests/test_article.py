@@ -73,9 +73,9 @@ def rehearsal():
                 18, 17, 8, 8, 1, pooling="none", rngs=nnx.Rngs(seed)
             )
         if "def echoes(" in source:
-            echoes = namespace["echoes"]  # a shorter stream
+            echoes = namespace["echoes"]  # a shorter stream, longer than the delay
             namespace["echoes"] = lambda n, echoes=echoes, **options: echoes(
-                n // 64, **options
+                n // 32, **options
             )
         if "def train(" in source:
 

@@ -944,8 +944,10 @@ def test_a_second_signal_while_a_checkpoint_is_written(made, tmp_path, monkeypat
     run, config = made
     training.save(tmp_path, run, config)
     before = contents(tmp_path)
-    # to this thread: another one might get it, and this one hear of it too late
+    # To this thread: another one might get it, and this one hear of it too late. And as
+    # on a terminal: in the background, a shell lets the signal be ignored.
     monkeypatch.setattr(os, "fsync", lambda _: signal.raise_signal(signal.SIGINT))
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def work():
         with training.stop_noted():
@@ -954,7 +956,10 @@ def test_a_second_signal_while_a_checkpoint_is_written(made, tmp_path, monkeypat
             training.save(tmp_path, run, config)
             raise AssertionError("not reached")
 
-    assert training.outcome(work) == "broken off; what was saved stays"
+    try:
+        assert training.outcome(work) == "broken off; what was saved stays"
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert contents(tmp_path) == before
 
 
