@@ -54,10 +54,7 @@ from matplotlib.figure import Figure
 
 # %% tags=["hide"] jupyter={"source_hidden": true}
 FIGURES = {}
-BLUE = "#2f86d6"
-ORANGE = "#dd6b20"
-GREEN = "#2f9e6e"
-PURPLE = "#9a6bd6"
+BLUE, ORANGE, GREEN, PURPLE = "#2f86d6", "#dd6b20", "#2f9e6e", "#9a6bd6"
 INK = "#767676"  # legible on white and on black
 INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color",
          "ytick.color")
@@ -84,9 +81,7 @@ def figure(later=False, times=False, data=None, work=None, **knobs):
         odd = set(knobs) - set(inspect.signature(draw).parameters)
         if odd:
             raise TypeError(f"{draw.__name__} has knobs that are no arguments: {odd}")
-        draw.knobs = knobs
-        draw.data = data
-        draw.work = work
+        draw.knobs, draw.data, draw.work = knobs, data, work
         FIGURES[draw.__name__] = draw
         if RUN:
             show(draw, promise=later)
@@ -136,8 +131,7 @@ def results():
 
 def agree(left, a, right, b, tolerance=1e-5):
     """Print max |a - b| / max |b|; raise AssertionError if it is over the tolerance."""
-    a = np.asarray(a)
-    b = np.asarray(b)
+    a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape:
         raise AssertionError(f"{left} has shape {a.shape}, {right} has {b.shape}")
     error = np.abs(a - b).max() / np.abs(b).max()
@@ -1078,13 +1072,13 @@ def padded_conv(u, K):
 def wraparound(steps=140):
     """The oscillator's motion by two convolutions, cut while the mass still swings. On
     the circle the tail of the swing falls on the quiet beginning."""
-    (A, B, C) = oscillator()
+    A, B, C = oscillator()
     t = np.arange(STEPS) * DT
     u, K = force(t), np.asarray(ssm_kernel(*ssm_discretize(A, B, DT), C, STEPS))
     y = np.asarray(padded_conv(u, K))
     cut = slice(steps)
     wrapped = wrapped_conv(u[cut], K[cut])
-    (fig, ax) = canvas()
+    fig, ax = canvas()
     ax.plot(t[cut], wrapped, color=ORANGE, label="FFT, unpadded: wraps around")
     ax.plot(t[cut], y[cut], color=BLUE, lw=4, alpha=0.4, label="FFT, padded")
     ax.set(xlabel="time (s)", ylabel="position (m)")
@@ -1139,16 +1133,14 @@ def causal_conv(u, K):
 
 # %%
 if RUN:
-    short = u[:140]
-    y_short = y[:140]  # ends while the mass still swings
+    short, y_short = u[:140], y[:140]  # ends while the mass still swings
     K = vandermonde_kernel(A, B, C, DT, 140)
     agree("padded FFT", padded_conv(short, K), "loop", y_short)
     agree("twisted FFT", causal_conv(short, K), "loop", y_short)
     wrong = np.abs(wrapped_conv(short, K) - y_short).max() / np.abs(y_short).max()
     print(f"error of the unpadded FFT: {wrong:.0%} of the largest output")
     many = jnp.ones((16, 64, 1024)), jnp.ones((64, 1024))  # (batch, H, L) and (H, L)
-    padded = best_time(padded_conv, *many)
-    twisted = best_time(causal_conv, *many)
+    padded, twisted = best_time(padded_conv, *many), best_time(causal_conv, *many)
     print(f"time of the padded FFT by that of the twisted: {padded / twisted:.2f}")
 
 
@@ -1271,9 +1263,7 @@ def pole_powers(A, dt, k, method="zoh"):
         rest = (turn - ticks).astype(real)
         fade = z.real.astype(real)
         ticks = ticks.astype(jnp.int64).astype(jnp.int32)
-    ticks = ticks[..., None]
-    rest = rest[..., None]
-    fade = fade[..., None]
+    ticks, rest, fade = ticks[..., None], rest[..., None], fade[..., None]
     ticks = ticks * k.astype(jnp.int32)  # wraps around
     turns = (ticks.astype(real) + rest * k) * 2.0**-32  # between -1/2 and 1/2
     cosine, sine = circle(turns)
@@ -1289,8 +1279,8 @@ def pole_powers(A, dt, k, method="zoh"):
 @pole_powers.defjvp
 @broadcasting
 def _(method, primals, tangents):
-    (A, dt, k) = primals
-    (dA, ddt, _) = tangents
+    A, dt, k = primals
+    dA, ddt, _ = tangents
     dz = dA * dt[..., None] + A * ddt[..., None]
     powers = pole_powers(A, dt, k, method)
     if method == "zoh":
@@ -1425,8 +1415,8 @@ def s4d_scan(A_bar, B_bar, C, u, x0=None, A_rest=0.0, timed=False):
     A_bar, B_bar, A_rest = map(jnp.atleast_2d, system)  # (..., 1 or L, N/2)
 
     def combine(first, second):
-        (a1, v1) = first
-        (a2, v2) = second
+        a1, v1 = first
+        a2, v2 = second
         return a2 * a1, a2.astype(v1.dtype) * v1 + v2
 
     v = B_bar * u[..., None]  # (..., L, N/2)
@@ -1649,9 +1639,9 @@ if RUN:
 # the frequencies are those of $S$, of which we keep the positive half. A layer keeps
 # these poles and nothing else. It starts from $B_n = 1$ and random $C_n$. So what it
 # has of LegS is not the memory itself but the modes that memory is made of: frequencies
-# from slow to fast, that do not soon repeat together, all fading alike. Which sums of them to form
-# it must learn. What such a spread is worth, beside poles drawn at random, is measured at
-# the end of this part and in Part 13.
+# from slow to fast, that do not soon repeat together, all fading alike. Which sums of
+# them to form it must learn. What such a spread is worth, beside poles drawn at random,
+# is measured at the end of this part and in Part 13.
 #
 # The approximation gets better as $N$ grows (S4D paper, theorem 3), in a weak sense. In
 # the picture below the *responses* to a smooth input meet, and the *kernels* do not,
@@ -1675,7 +1665,7 @@ def legs_normal(N):
 def legs_and_diagonal(N, t):
     """First four kernels (4, L) of LegS and of its diagonal part, at times t (L,)."""
     n = np.arange(4)[:, None]
-    (poles, V) = legs_normal(N)
+    poles, V = legs_normal(N)
     P = scipy.special.eval_legendre(n, 2 * np.exp(-t) - 1)
     legs = np.sqrt(2 * n + 1) * np.exp(-t) * P
     B = V.conj().T @ hippo_legs(N)[1] / 2
@@ -1722,10 +1712,10 @@ def four_states(poles, V, B, omega, t):
 
     poles (N,) and eigenvectors V (N, N) of A, B (N,), t (L,). Returns two (4, L).
     """
-    W = V[:4] * np.linalg.solve(V, B)
-    s = 1j * omega  # (4, N)
-    modes = np.exp(np.outer(poles, t))
-    G = W / (s - poles)  # (N, L), (4, N)
+    W = V[:4] * np.linalg.solve(V, B)  # (4, N)
+    s = 1j * omega
+    modes = np.exp(np.outer(poles, t))  # (N, L)
+    G = W / (s - poles)  # (4, N)
     return (W @ modes).real, (np.outer(G.sum(1), np.exp(s * t)) - G @ modes).imag
 
 
@@ -1748,8 +1738,8 @@ def what_dropping_costs(N, omega=2.0, P=None):
 
     P (N,) is that of LegS if None. The responses are those to sin(omega t).
     """
-    (A, B) = hippo_legs(N)
-    (poles, V) = legs_normal(N)
+    A, B = hippo_legs(N)
+    poles, V = legs_normal(N)
     t = np.arange(1, 501) / 100
     K_diag, y_diag = four_states(poles, V, B / 2, omega, t)
     if P is None:  # LegS is triangular: its first states do not see the others
@@ -1758,8 +1748,7 @@ def what_dropping_costs(N, omega=2.0, P=None):
         normal = A + np.outer(B, B) / 2
         K, y = four_states(*np.linalg.eig(normal - np.outer(P, P)), B, omega, t)
         best = (y * y_diag).sum() / (y_diag**2).sum()
-        K_diag = best * K_diag
-        y_diag = best * y_diag
+        K_diag, y_diag = best * K_diag, best * y_diag
     pairs = (K, K_diag), (y, y_diag)
     return [np.linalg.norm(a - b) / np.linalg.norm(a) for a, b in pairs]
 
@@ -1791,7 +1780,7 @@ def dropping_a_term(omega=2.0, seed=0):
     kernels of LegS stay apart, its responses to a sine meet; a faster sine takes a
     larger N. With another term they meet slowly or not at all."""
     sizes = [4, 8, 16, 32, 64, 128]
-    (fig, ax) = canvas()
+    fig, ax = canvas()
     rows = {"LegS, kernels": [what_dropping_costs(N, omega)[0] for N in sizes]}
     rows["LegS, responses"] = [what_dropping_costs(N, omega)[1] for N in sizes]
     for kind in ("shuffled", "Gaussian"):
@@ -1962,7 +1951,7 @@ if RUN:
 def memory_of_a_delay(width=16, log2_dt=-9):
     """A bump 512 steps in the past (grey), fitted with the 32 modes of five starting
     points. The number is the relative error that remains."""
-    (fig, axes) = canvas(1, 5, 2.4, sharey=True)
+    fig, axes = canvas(1, 5, 2.4, sharey=True)
     l = np.arange(0, 1024, 4)
     for ax, name in zip(axes, ("lin", "legs", "inv", "rand", "real")):
         bump, fit, error = delay_fit(name, width=width, dt=2.0**log2_dt)
@@ -1978,15 +1967,16 @@ def memory_of_a_delay(width=16, log2_dt=-9):
 # range fits the task: at $\Delta = 2^{-9}$ its modes have 0, 1, 2, ... full turns in
 # 1,024 steps, a Fourier series. At twice that $\Delta$ all of them repeat after 512
 # steps, so that a bump at 512 demands another at 0, and the fit fails. The frequencies
-# of `legs` and `inv` do not soon repeat together; their worst errors in the table are the
-# smallest worst errors. `inv2` has no slow modes. It is the best of all at the two
+# of `legs` and `inv` do not soon repeat together; their worst errors in the table are
+# the smallest worst errors. `inv2` has no slow modes. It is the best of all at the two
 # smallest $\Delta$, which slow its modes down, and useless at the two largest. `quad`
 # has only few slow modes. The modes of `rand`, $e^{\mathcal N(0,1)}$, lie around one
 # radian per second, slow and much alike. Weights that make a narrow bump of them exist,
-# but they are enormous and cancel each other: double precision does not find them, and a
-# layer in float32 could not hold them. And `real` fails at all four, whatever the
+# but they are enormous and cancel each other: double precision does not find them, and
+# a layer in float32 could not hold them. And `real` fails at all four, whatever the
 # weights. Its poles are the slower half of LegS's own, so a sum of its modes is a
-# polynomial in $e^{-t}$, of degree 32, and too smooth for a bump so narrow and so far back.
+# polynomial in $e^{-t}$, of degree 32, and too smooth for a bump so narrow and so far
+# back.
 #
 # *What stands: seven ways to place the poles, and a reason to prefer some. Exercise:
 # call `memory_of_a_delay` with a narrower bump. At what width does `lin` fail, and why
@@ -2267,7 +2257,7 @@ def check_sequence(u, width, lengths=None, shortest=0):
     fits = u.ndim == 3 and u.shape[2] == width and not jnp.iscomplexobj(u)
     allowed = f"(batch, L >= 1, {width})"
     require(fits, f"u has shape {u.shape}, {u.dtype}", f"{allowed}, real")
-    (batch, L) = u.shape[:2]
+    batch, L = u.shape[:2]
     known = isinstance(u.shape[1], int)  # else for any L
     require(known and L > 0, f"u has shape {u.shape}", f"{allowed}, L a number")
     if lengths is None:
@@ -2563,8 +2553,9 @@ class S4DBlock(nnx.Module):
 
 # %% [markdown]
 # To see the causality, change one channel of sample 60 and look where the output moves.
-# (All channels moved by the same amount would move that sample alone: LayerNorm takes out
-# the mean, and only the residual hands the change on.) What moves before it is the rounding of the FFT, in which all samples meet.
+# (All channels moved by the same amount would move that sample alone: LayerNorm takes
+# out the mean, and only the residual hands the change on.) What moves before it is the
+# rounding of the FFT, in which all samples meet.
 
 # %%
 if RUN:
@@ -2933,7 +2924,7 @@ def require_labels(name, data, scores):
     """
     n = len(data[0])
     labels = np.asarray(data[1])
-    (*places, V) = scores
+    *places, V = scores
     given = f"{name}: labels of shape {labels.shape} for {n:,} inputs"
     require(labels.shape == (n, *places), given, f"labels of shape {(n, *places)}")
     whole = labels.dtype.kind in "iu"
@@ -3010,7 +3001,7 @@ def batches(data, epochs, batch_size, seed, augment=None, place=None, whole=True
     may be smaller, else such a rest is left out.
     """
     rng = np.random.default_rng(seed)
-    (u, labels) = data
+    u, labels = data
     orders = drawn_rows(len(u), epochs, batch_size, copy.deepcopy(rng), whole)
     for _ in range(0 if place else epochs):
         rng.permutation(len(u))
@@ -3031,8 +3022,7 @@ def nudged(images, rng):
     side = math.isqrt(images.shape[1])
     padded = np.pad(images.reshape(-1, side, side), border, constant_values=-1)
     moves = np.where(rng.random((n, 1, 1)) < 0.5, rng.integers(0, 3, (2, n, 1, 1)), 1)
-    rows = np.arange(side)[:, None] + moves[0]
-    columns = np.arange(side) + moves[1]
+    rows, columns = np.arange(side)[:, None] + moves[0], np.arange(side) + moves[1]
     return padded[np.arange(n)[:, None, None], rows, columns].reshape(images.shape)
 
 
@@ -3300,7 +3290,7 @@ if RUN:
     start = time.perf_counter()
     model, history, test = trained()
     seconds = time.perf_counter() - start
-    (loss, accuracy) = evaluate(model, test)
+    loss, accuracy = evaluate(model, test)
     size = sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
     print(f"{size:,} parameters, {seconds:.0f} seconds, test accuracy {accuracy:.2%}")
     keep("digits.npz", model, history)
@@ -3679,7 +3669,7 @@ def next_level(temperature=0.7, top_p=0.9):
     as it is drawn from, with this temperature and this nucleus (orange)."""
     model, _, (u, _) = trained_generator()
     scores = np.asarray(call(model, u[:1]))[0, 19]
-    (fig, ax) = canvas(height=2.4)
+    fig, ax = canvas(height=2.4)
     before = np.exp(tempered(scores, 1.0, 1.0))
     after = np.exp(tempered(scores, temperature, top_p))
     for k in range(LEVELS):
@@ -3968,8 +3958,8 @@ def across(runs, key="test"):
 
 def told_apart(one, other, key="test"):
     """Whether the means of two lists of runs are two standard errors apart."""
-    (m1, s1) = across(one, key)
-    (m2, s2) = across(other, key)
+    m1, s1 = across(one, key)
+    m2, s2 = across(other, key)
     return abs(m1 - m2) >= 2 * math.sqrt(s1**2 / len(one) + s2**2 / len(other))
 
 
@@ -4005,7 +3995,7 @@ def verdicts(experiment, task):
     base = evidence("initializations", task).get("legs")
     lines = []
     for name, runs in evidence(experiment, task).items():
-        (mean, spread) = across(runs)
+        mean, spread = across(runs)
         gain = across(runs)[0] - across(base)[0]
         sure = runs == base or told_apart(runs, base)
         verdict = f"{gain:+z6.1%}" + ("" if sure else "   inside the noise")
@@ -4213,7 +4203,7 @@ def next_sample():
     """Time for one more sample against the number of samples before it, both axes
     logarithmic: S4D, a GRU, and a Transformer that keeps the keys and values of all
     samples. The best of twenty timings, mean of three turns."""
-    (fig, ax) = canvas(height=2.8)
+    fig, ax = canvas(height=2.8)
     results = evidence("steps")
     for name in ("s4d", "gru", "transformer"):
         rows = [(int(n), across(results[n][name], "best")[0]) for n in results]
@@ -4254,7 +4244,7 @@ if RUN:
         print((line + " {validation_accuracy:.1%}   {seconds:5,.0f} s").format(**row))
     if run:
         test = run["test"]
-        (learned, _, n) = run["images"]
+        learned, _, n = run["images"]
         deviation = math.sqrt(test * (1 - test) / n)
         print(f"test accuracy {test:.1%} ± {deviation:.1%}, of {n:,} images")
         epoch = min(np.diff([0] + [row["seconds"] for row in rows])) / 60
@@ -4330,8 +4320,8 @@ if RUN:
 # %% [markdown]
 # ## Closing: all views agree
 #
-# One system, many ways to compute it. Here they all are, on four systems of `legs` with a
-# state of 16 and an input of 300 samples. The witness from outside is SciPy, which
+# One system, many ways to compute it. Here they all are, on four systems of `legs` with
+# a state of 16 and an input of 300 samples. The witness from outside is SciPy, which
 # filters each mode in double precision and knows nothing of this page. Each number is
 # the largest difference of two views, as a share of the largest output.
 
@@ -4511,8 +4501,8 @@ IMAGINARY = {
 #   $-\Re A$ and of $\Im A$.
 # - `dt_fast`: what is stored is read through the hyperbolic sine first (an idea of
 #   Ohno, Kanai and Ida, 2022, for gates). The start is the same. But $\log \Delta$ lies
-#   between -7 and -2, where that sine is two to seven times as steep as a straight line:
-#   the same step of the optimizer moves it further.
+#   far from zero, where that sine is steeper than a straight line: the same step of the
+#   optimizer moves it further.
 # - `B_init="legs"`: with the poles of `legs`, $B$ begins as HiPPO's, $V^* B$ in the basis
 #   of Part 7, and not as 1. (The half that stood before it there is left to $C$.)
 # - `is_real`: $N$ real modes instead of $N/2$ pairs. A real mode has no partner, so the
@@ -5607,7 +5597,7 @@ def kernel_code():
 def legs_error(kernel, N=64, L=4000, dt=0.001):
     """Largest error of the first four states of LegS for a smooth input, relative."""
     t = np.arange(L) * dt
-    (A, P, B, V) = legs_dplr(N)
+    A, P, B, V = legs_dplr(N)
     u = np.sin(2 * t) + np.sin(5 * t) * np.exp(-0.2 * t)
     A, P, B, C, dt = map(jnp.asarray, (A, P, B, V[:4], np.float32(dt)))
     K = {

@@ -505,8 +505,9 @@ def test_the_tables_say_what_the_record_says():
 def test_a_run_is_recorded():
     row = dict(epoch=1, step=3, seconds=2.5)
     said = "test: loss 0.041, accuracy 98.70%\n"
-    found = mnist.reported([8, 1, 1], json.dumps(row) + "\n", said)
+    found = mnist.reported("--epochs 1", [8, 1, 1], json.dumps(row) + "\n", said)
     assert found["epochs"] == [row] and found["test"] == pytest.approx(0.987)
+    assert found["command"] == "python notebooks/training.py --epochs 1"
 
 
 def test_mnist_is_as_the_words_say():

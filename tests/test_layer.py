@@ -62,7 +62,9 @@ def numpy_layer(layer, u, final_act="glu", x0=None):
 # -- the contract ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("L, options", [(1, OPTIONS[0]), *((75, o) for o in OPTIONS)])
+@pytest.mark.parametrize(
+    "L, options", [(1, OPTIONS[0]), (1, OPTIONS[2]), *((75, o) for o in OPTIONS)]
+)
 def test_layer_against_numpy(x64, L, options):
     """Call, step and advance, each against float64, outputs and states."""
     layer, u = make(**options), noise(2, L, 3)

@@ -30,9 +30,10 @@ SETTINGS = (
 )
 
 
-def reported(images, metrics, said):
-    """What a run has reported: its lines of JSON, its last words."""
+def reported(settings, images, metrics, said):
+    """What a run has reported: its settings, its lines of JSON, its last words."""
     return dict(
+        command="python notebooks/training.py " + settings,
         images=images,
         epochs=[json.loads(line) for line in metrics.splitlines()],
         test=float(re.search(r"test: .*accuracy (\S+)%", said)[1]) / 100,
@@ -65,8 +66,7 @@ def main():
         return run.returncode
     metrics = (folder / "run.jsonl").read_text(encoding="utf-8")
     images = [len(part[0]) for part in training.load_mnist(options.data_dir)]
-    options.command = "python notebooks/training.py " + settings
-    record.keep(options, **reported(images, metrics, said))
+    record.keep(options, **reported(settings, images, metrics, said))
     shutil.rmtree(folder / "run")
     (folder / "run.jsonl").unlink()
 

@@ -48,7 +48,8 @@ def begin(flags, same=()):
     with `command`, which the record says.
     """
     options = flags.parse_args()
-    command, output = flags.prog, options.output
+    command = flags.prog
+    output = options.output
     for name, value in vars(options).items():
         if name not in ("output", *same) and value != flags.get_default(name):
             command += f" --{name}" + f" {value}" * (value is not True)
@@ -107,8 +108,9 @@ def once(options, name, work, *arguments):
     log(name)
     if options.file is None:
         return work(*arguments)
-    made, lines = made_with(options.command), []
+    made = made_with(options.command)
     del made["date"]
+    lines = []
     if part(options.file).exists():
         lines = part(options.file).read_text(encoding="utf-8").splitlines()
     for line in lines:
@@ -134,7 +136,8 @@ def keep_table(options, text):
     """Put a table beside the record, into NAME.md, between the two marks there."""
     if options.file is None:
         return
-    file, page = options.file.with_suffix(".md"), "<!-- table -->\n\n<!-- end -->\n"
+    file = options.file.with_suffix(".md")
+    page = "<!-- table -->\n\n<!-- end -->\n"
     if file.exists():
         page = file.read_text(encoding="utf-8")
     marks = r"(?s)(<!-- table -->\n).*?(\n<!-- end -->)"
