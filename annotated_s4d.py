@@ -239,6 +239,15 @@ def hero():
 # `if RUN:`, so that an import of this file computes nothing.
 
 # %% tags=["hide"] jupyter={"source_hidden": true}
+def require_number(name, value, fits, allowed):
+    """Refuse what is no real number, NaN, or does not fit; return it as a float."""
+    real = "integral", "real floating"
+    number = np.ndim(value) == 0 and jnp.isdtype(np.asarray(value).dtype, real)
+    fits = number and fits(float(value))
+    require(fits, f"{name} is {value!r}", f"{allowed}, a number")
+    return float(value)
+
+
 def broadcasting(f):
     """Let shapes and types broadcast inside f as NumPy's do, in strict modes too."""
 
@@ -2234,8 +2243,9 @@ from flax import nnx
 def check_range(discretization, dt_min, dt_max):
     """Raise ValueError for a rule that is unknown, or no range of dt."""
     require_choice("discretization", discretization, METHODS)
-    fits = 0 < dt_min <= dt_max < math.inf
-    require(fits, f"dt_min is {dt_min}, dt_max {dt_max}", "0 < dt_min <= dt_max")
+    require_number("dt_max", dt_max, lambda v: 0 < v < math.inf, "0 < dt_max < inf")
+    allowed = f"0 < dt_min <= dt_max, {dt_max}"
+    require_number("dt_min", dt_min, lambda v: 0 < v <= dt_max, allowed)
 
 
 def first_poles(init, H, N, key):
@@ -2440,9 +2450,9 @@ class Mixer(nnx.Module):
     def __init__(self, d_model, final_act="glu", dropout=0.0, *, d_inner=None,
                  linear=Linear, rngs):
         require_choice("final_act", final_act, tuple(FINAL_ACTS))
-        require(0 <= dropout < 1, f"dropout is {dropout}", "0 <= dropout < 1")
+        require_number("dropout", dropout, lambda v: 0 <= v < 1, "0 <= dropout < 1")
         self.final_act = final_act  # the name: a function could not be pickled
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        self.dropout = nnx.Dropout(float(dropout), rngs=rngs)
         if self.act:
             width = d_model * (2 if final_act == "glu" else 1)
             self.linear = affine(d_inner or d_model, width, rngs, linear)
@@ -2736,7 +2746,7 @@ class S4DBlock(nnx.Module):
         self.norm = make_norm(d_model, rngs)
         sizes = d_model, expand * d_model, self.ssm.linear
         self.ffn = FeedForward(*sizes, rngs=rngs) if expand else None
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        self.dropout = nnx.Dropout(float(dropout), rngs=rngs)
 
     def around(self, u, y):
         """Add the layer's output y to its input u, then the FFN's. (..., H)"""
@@ -3159,7 +3169,7 @@ def make_optimizer(model, steps, lr=4e-3, ssm_lr=1e-3, weight_decay=0.05,
     """
     given = dict(lr=lr, ssm_lr=ssm_lr, weight_decay=weight_decay, ssm_decay=ssm_decay)
     for name, rate in given.items():
-        require(0 <= rate < math.inf, f"{name} is {rate}", f"0 <= {name} < inf")
+        require_number(name, rate, lambda v: 0 <= v < math.inf, f"0 <= {name} < inf")
 
     def schedule(peak):
         return optax.warmup_cosine_decay_schedule(0.0, peak, max(1, steps // 10), steps)
@@ -4084,13 +4094,13 @@ def generate(model, prefix, steps, key, temperature=1.0, top_p=1.0):
     odd = prefix[(prefix < 0) | (prefix >= V)]
     require(not odd.size, f"prefix holds {odd[:3]}", f"levels 0 to {V - 1}")
     require_count("steps", steps)
-    fits = 0 <= temperature < math.inf
-    require(fits, f"temperature is {temperature}", "0 <= temperature < inf")
-    require(0 < top_p <= 1, f"top_p is {top_p}", "0 < top_p <= 1")
-    knobs = float(temperature), float(top_p)  # traced: a new value compiles nothing
+    allowed = "0 <= temperature < inf"
+    heat = require_number("temperature", temperature, lambda v: 0 <= v < math.inf, allowed)
+    top_p = require_number("top_p", top_p, lambda v: 0 < v <= 1, "0 < top_p <= 1")
     model = nnx.view(model, deterministic=True)
     prefix = jnp.asarray(prefix, int)
-    return sample(model, prefix, key, *knobs, steps=int(steps))
+    # The two numbers are traced: a new value compiles nothing.
+    return sample(model, prefix, key, heat, top_p, steps=int(steps))
 
 
 # %% [markdown]
@@ -4971,10 +4981,10 @@ def check_general(H, n_ssm, init, is_real, deterministic, bandlimit, rate, switc
     switches |= dict(is_real=is_real, deterministic=deterministic)
     for name, value in switches.items():
         require(isinstance(value, bool), f"{name} is {value!r}", "True, False")
-    require(0 < rate < math.inf, f"rate is {rate}", "0 < rate, finite")
+    require_number("rate", rate, lambda v: 0 < v < math.inf, "0 < rate < inf")
     if bandlimit is not None:
-        fits = 0 < bandlimit < math.inf
-        require(fits, f"bandlimit is {bandlimit}", "0 < bandlimit, finite; None")
+        allowed = "None, 0 < bandlimit < inf"
+        require_number("bandlimit", bandlimit, lambda v: 0 < v < math.inf, allowed)
     if is_real:
         require(init == "real", f"is_real with init {init!r}", "init 'real'")
         given = f"is_real with imag_transform {forms['imag_transform']!r}"
@@ -5014,8 +5024,8 @@ class GeneralSSM(S4D):
         d_state = require_count("d_state", d_state, multiple=1 if is_real else 2)
         N = 2 * d_state if is_real else d_state
         self.method = discretization
-        self.rate = rate
-        self.bandlimit = bandlimit
+        self.rate = float(rate)
+        self.bandlimit = None if bandlimit is None else float(bandlimit)
         self.is_real = is_real
         self.dt_fast = dt_fast
         self.dt_transform = dt_transform
