@@ -23,13 +23,20 @@ import numpy as np
 import pytest
 from PIL import Image
 from render import live, static
-from render.article import Article, read_cells, read_figures
+from render.article import (
+    Article,
+    is_answer,
+    read_cells,
+    read_figures,
+    words_and_code,
+)
 from render.drawing import drawing
 
 import annotated_s4d as s4d
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "annotated_s4d.py"
+FOLDED = Path(__file__).with_name("folded_article.py")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run
     --disable-background-networking --disable-component-update --disable-sync""".split()
@@ -114,6 +121,11 @@ def ready(tab):
         timeout=90_000,
     )
     tab.locator(".explorer").wait_for()  # a component, in a tree of its own
+    tab.evaluate(OPEN_ALL)
+
+
+OPEN_ALL = """for (const fold of document.querySelectorAll(".starred, .answer"))
+    fold.open = true"""
 
 
 def wait_until(condition):
@@ -242,7 +254,8 @@ def contrast(tab, kind):
 
 TEXTS = """.article p|.code .k|.code .nf|.code .c1|.code .sd|.code .mi|.code .s2
     |figcaption|.panel .title span|.panel .x:not(.shared) span|.panel .label
-    |nav .h3 a|nav a.here|.stSlider [data-testid=stSliderThumbValue]"""
+    |nav .h3 a|nav a.here|.stSlider [data-testid=stSliderThumbValue]
+    |.starred > summary h3|.starred .gives|.answer > summary"""
 
 
 def pale_texts(tab):
@@ -465,9 +478,10 @@ def test_every_word_is_on_the_page(desk):
     """Prose, code and what was printed, cell by cell."""
     text = desk.evaluate("document.querySelector('.stMain').textContent")
     squeezed = re.sub(r"\s", "", text)
-    for cell in jupytext.read(FILE).cells:
-        if cell.cell_type == "code":
-            assert re.sub(r"\s", "", cell.source) in squeezed, cell.source[:60]
+    for kind, marks, source in read_cells(FILE.read_text(encoding="utf-8")):
+        code = words_and_code(source)[1] if is_answer(marks) else source
+        if kind == "code":
+            assert re.sub(r"\s", "", code) in squeezed, source[:60]
     assert "twisted FFT = loop" in text
     assert "test accuracy" in text
 
@@ -481,6 +495,118 @@ def test_result_on_the_first_screen_and_the_spring_by_the_third(browser):
     part = tab.locator("#part-1-a-continuous-system").bounding_box()
     assert 900 < part["y"] < 2700
     assert tab.evaluate("document.documentElement.scrollWidth") == 1280
+    tab.context.close()
+
+
+# -- what is folded -------------------------------------------------------------------
+
+SHOW = """import sys
+from pathlib import Path
+sys.path.insert(0, {rooms!r})
+from render.live import page
+page(Path(__file__).with_name({name!r}))
+"""
+
+
+@pytest.fixture(scope="module")
+def folding(tmp_path_factory):
+    """The address of a small article with starred sections and answers."""
+    folder = tmp_path_factory.mktemp("folded")
+    shutil.copy(FOLDED, folder)
+    shutil.copytree(ROOT / ".streamlit", folder / ".streamlit")
+    rooms = str(ROOT / "notebooks")
+    (folder / "show.py").write_text(SHOW.format(rooms=rooms, name=FOLDED.name))
+    server, address = serve(folder, "show.py")
+    yield address
+    server.kill()
+    server.wait()
+
+
+def open_folded(browser, address, query=""):
+    tab = visit(browser, address, query, wait=False)
+    tab.locator("#line .drawing").wait_for(state="attached", timeout=30_000)
+    tab.locator("#answered .drawing").wait_for(state="attached", timeout=30_000)
+    tab.wait_for_function(AT_REST)
+    return tab
+
+
+def seen(tab):
+    """Which of the words of the small article can be seen."""
+    words = "looks to the eye", "second paragraph", "Still inside", "no figure and"
+    words += "Outside", "as steep as", "the first line says", "No code at all"
+    there = tab.locator(".stMain").inner_text()
+    return {word for word in words if word in there}
+
+
+SHUT = {"looks to the eye", "no figure and", "Outside"}  # while all is folded
+
+
+def test_starred_sections_and_answers_are_folded(browser, folding):
+    """Seen are a heading and a sentence. What opens stays open when a knob moves."""
+    tab = open_folded(browser, folding)
+    assert seen(tab) == SHUT and not tab.locator("#line").is_visible()
+    assert tab.locator("text=looks to the eye").count() == 1  # not said twice
+    assert "★ Steep lines" in tab.locator("nav a").all_inner_texts()
+    summary = tab.locator(".starred > summary").first
+    summary.focus()
+    tab.keyboard.press("Shift+Tab")
+    tab.keyboard.press("Tab")  # a focus that came by keyboard can be seen
+    assert summary.evaluate("e => e == document.activeElement")
+    assert summary.evaluate("e => getComputedStyle(e).outlineStyle") == "solid"
+    tab.keyboard.press("Enter")
+    opened = {"second paragraph", "Still inside", "as steep as"}
+    assert seen(tab) == SHUT | opened
+    move(tab, "line", "slope")
+    tab.locator(".st-key-code label").click()
+    tab.wait_for_function("!document.querySelector('.code[open]')")
+    assert seen(tab) == SHUT | opened
+    summary.focus()
+    tab.keyboard.press("Enter")
+    assert seen(tab) == SHUT
+    tab.emulate_media(media="print")
+    assert len(seen(tab)) == 8 and tab.locator("#line").is_visible()
+    tab.emulate_media(media="screen")
+    tab.evaluate(OPEN_ALL)
+    assert len(seen(tab)) == 8 and tab.locator("#line").is_visible()
+    assert formulas_refused(tab) == formulas_without_size(tab) == []
+    for scheme in ("light", "dark"):
+        tab.emulate_media(color_scheme=scheme)
+        tab.wait_for_timeout(300)
+        for kind in (".starred > summary h3", ".starred .gives", ".answer > summary"):
+            assert contrast(tab, kind) > 4.5, (scheme, kind)
+    assert exceptions(tab) == console_errors(tab) == []
+    tab.context.close()
+
+
+@pytest.mark.parametrize("query", ["#steep-lines", "?line.slope=3"])
+def test_an_address_and_a_link_open_what_is_folded(browser, folding, query):
+    tab = open_folded(browser, folding, query)
+    tab.locator("#line").wait_for()
+    assert "No code at all" not in seen(tab)
+    tab.locator("nav a", has_text="Words alone").click()
+    tab.locator(".starred:has-text('Words alone')[open]").wait_for()
+    tab.context.close()
+
+
+def test_the_page_in_one_file_folds(browser, tmp_path):
+    """A link opens, as the place it leads to is inside; on paper all is open."""
+    (tmp_path / "page.html").write_text(static.page(Article(FOLDED, tmp_path / "none")))
+    tab = browser.new_context(viewport={"width": 1280, "height": 500}).new_page()
+    address = f"file://{tmp_path}/page.html"
+    tab.goto(address)
+    inside = tab.locator("text=A second paragraph")
+    head = tab.locator("h3", has_text="Steep lines")
+    assert not inside.is_visible() and head.is_visible()
+    tab.locator("nav.side a", has_text="Steep lines").click()
+    assert inside.is_visible() and 0 <= head.bounding_box()["y"] < 150
+    tab.goto("about:blank")
+    tab.goto(f"{address}#line")
+    assert inside.is_visible()
+    tab.goto("about:blank")
+    tab.goto(address)
+    tab.emulate_media(media="print")
+    printed = tab.locator("text=the first line says")
+    assert printed.bounding_box()["height"] > 10 < inside.bounding_box()["height"]
     tab.context.close()
 
 

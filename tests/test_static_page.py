@@ -10,6 +10,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from render import static
+from render.article import Article, is_answer, read_cells, words_and_code
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("annotated_s4d.py", "notebooks/annotated_s4d.ipynb")
@@ -79,9 +81,11 @@ def made(twice):
 
 @pytest.fixture(scope="module")
 def prose():
-    """The Markdown of the notebook, without its code."""
-    notebook = nbformat.read(ROOT / "notebooks/annotated_s4d.ipynb", 4)
-    cells = [c.source for c in notebook.cells if c.cell_type == "markdown"]
+    """The Markdown of the article, words of answers included, without its code."""
+    cells = []
+    for kind, marks, source in read_cells((ROOT / FILES[0]).read_text("utf-8")):
+        if kind == "prose" or is_answer(marks):
+            cells.append(source if kind == "prose" else words_and_code(source)[0])
     return re.sub(r"`[^`]*`", "", "\n\n".join(cells))
 
 
@@ -135,6 +139,20 @@ def test_every_formula_is_set(made, prose):
     assert shown.count("block") == len(displayed.findall(prose)) > 0
     assert shown.count("inline") == len(inline) > 0
     assert "$" not in made[1].prose and "\\" not in made[1].prose
+
+
+def test_starred_sections_say_what_they_give(prose):
+    """In one sentence, which is not said twice; an answer has words."""
+    folded = Path(__file__).with_name("folded_article.py")
+    text = static.page(Article(folded, "no notebook"))
+    gives = re.findall('<span class="gives">(.*?)</span></summary>', text)
+    assert len(gives) == 2 and gives[1] == "It has no figure and no rest"
+    assert text.count("looks to the eye") == text.count("no figure and") == 1
+    assert text.count('<details class="answer"><summary>Answer</summary>') == 3
+    page = Page(text)
+    assert page.open == [] and "# It is" not in text
+    for section in re.findall("^###+ ★ .*\n\n(.*?)$", prose, re.M):
+        assert section[:1].isalnum() or section[:1] in "*`$([", section
 
 
 def edit(path, old, new):

@@ -11,7 +11,7 @@ import re
 import symtable
 import tokenize
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -26,6 +26,7 @@ DRAWN = "application/x-annotated-drawing"  # a figure as HTML, beside its PNG
 DATA = "application/x-annotated-data"  # what a script in the browser starts from
 CAPTIONS = Prose({})
 OPTIONS = "later", "times", "data", "work"  # of @figure; any other keyword is a knob
+STARRED = re.compile("###+ ★ ")  # the heading of a section that is folded
 
 
 # -- cells ----------------------------------------------------------------------------
@@ -39,6 +40,29 @@ def read_cells(text):
             yield "prose", marks, re.sub(r"^# ?", "", source.strip("\n"), flags=re.M)
         else:
             yield "code", marks, source.strip("\n")
+
+
+def at_headings(source):
+    """Divide prose where its headings begin."""
+    return [piece for piece in re.split("^(?=#+ )", source, flags=re.M) if piece]
+
+
+def is_answer(marks):
+    """Whether the marks of a cell say that it answers an exercise."""
+    return '"answer"' in marks
+
+
+def words_and_code(source):
+    """Divide an answer: the comments that it begins with, as prose, and the rest."""
+    words = re.match("(#.*\n?)*", source)[0]
+    return re.sub("^# ?", "", words, flags=re.M), source[len(words) :].strip("\n")
+
+
+def first_sentence(text):
+    """Divide text after the first sentence of its first paragraph."""
+    paragraph, *others = text.strip("\n").split("\n\n")
+    sentence, *rest = re.split(r"(?<=[.?!])\s", paragraph, maxsplit=1)
+    return sentence, "\n\n".join(rest + others)
 
 
 @dataclass
@@ -122,6 +146,12 @@ def bound(node):
                 part = part.value
             names |= {part.id} if isinstance(part, ast.Name) else set()
     return names
+
+
+def names(source):
+    """The names of the file that a cell uses, and those that it binds."""
+    uses = globals_of(symtable.symtable(source, "cell", "exec"))
+    return uses, set().union(*map(bound, ast.parse(source).body))
 
 
 def editions(sources):
@@ -254,6 +284,43 @@ def figure_html(figure, drawn):
     return f'<figure id="{figure.name}">{drawn}{below}</figure>\n'
 
 
+# -- what is folded --------------------------------------------------------------------
+
+
+@dataclass
+class Fold:
+    """A starred section or an answer: what is always seen, and the items below it."""
+
+    kind: str  # its class in CSS
+    name: str
+    summary: str  # HTML
+    items: list = field(default_factory=list)
+
+    @property
+    def head(self):
+        return f'<details class="{self.kind}"><summary>{self.summary}</summary>'
+
+    def html(self, of_item=str):
+        """All of it as HTML; of_item makes it of an item."""
+        return f"{self.head}\n{''.join(map(of_item, self.items))}</details>\n"
+
+
+def joined(pieces):
+    """Pieces of HTML, as long as they can be, and between them figures, and folds with
+    figures."""
+    items = []
+    for piece in pieces:
+        if isinstance(piece, Fold):
+            piece.items = joined(piece.items)
+            if all(isinstance(item, str) for item in piece.items):
+                piece = piece.html()
+        if items and isinstance(piece, str) and isinstance(items[-1], str):
+            items[-1] += piece
+        else:
+            items.append(piece)
+    return items
+
+
 # -- the article -----------------------------------------------------------------------
 
 
@@ -308,21 +375,40 @@ class Part:
 
     @cached_property
     def items(self):
-        """Pieces of HTML, as long as they can be, and figures between them."""
-        items, first = [], True
+        """Pieces of HTML, figures, and folds that hold figures."""
+        pieces = []
+        place = pieces  # where the next piece belongs
         for kind, marks, source, number in self.cells:
-            if kind == "prose":
-                rest = source.partition("\n")[2] if first else source
-                pieces = [self.article.prose.render(rest)]
-            else:
-                pieces = list(self.code(marks, source, number))
-            first = False
-            for piece in pieces:
-                if items and isinstance(piece, str) and isinstance(items[-1], str):
-                    items[-1] += piece
-                else:
-                    items.append(piece)
-        return items
+            if kind == "code" and is_answer(marks):
+                place.append(self.answer(source, number))
+            elif kind == "code":
+                place.extend(self.code(marks, source, number))
+            for section in at_headings(source) if kind == "prose" else ():
+                if section.startswith("#"):
+                    place = pieces
+                if STARRED.match(section):
+                    fold, section = self.starred(section)
+                    pieces.append(fold)
+                    place = fold.items
+                elif not place:  # it begins with the part's own heading
+                    section = section.partition("\n")[2]
+                place.append(self.article.prose.render(section))
+        return joined(pieces)
+
+    def starred(self, section):
+        """A fold behind a heading and what its section gives; and its other prose."""
+        heading, _, text = section.partition("\n")
+        prose, (gives, rest) = self.article.prose, first_sentence(text)
+        head = prose.render(heading)
+        gives = f'<span class="gives">{prose.line(gives)}</span>'
+        return Fold("starred", re.search(' id="(.*?)"', head)[1], head + gives), rest
+
+    def answer(self, source, number):
+        """The answer to an exercise: its words, its code, what it printed."""
+        words, code = words_and_code(source)
+        items = [self.article.prose.render(words)]
+        items += self.code("", code, number) if code else ()
+        return Fold("answer", f"answer-{number}", "Answer", items)
 
     def code(self, marks, source, number):
         """A code cell, what it printed, its figures. Code that only draws is folded."""

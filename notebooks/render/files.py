@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jupytext
 
-from render.article import editions, read_figures
+from render.article import STARRED, at_headings, editions, read_figures
 
 ROOT = Path(__file__).resolve().parents[2]
 ARTICLE = ROOT / "annotated_s4d.py"
@@ -27,13 +27,28 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def fresh_notebook():
-    """The article as a notebook without outputs, its cells numbered.
+def mark_starred(notebook):
+    """Tag the cells of starred sections, from one's heading to the next heading."""
+    starred = False
+    for cell in notebook.cells:
+        pieces = at_headings(cell.source) if cell.cell_type == "markdown" else []
+        headings = [piece for piece in pieces if piece.startswith("#")]
+        if headings and headings[0] is pieces[0]:
+            starred = bool(STARRED.match(headings[0]))
+        if starred:
+            cell.metadata["tags"] = [*cell.metadata.get("tags", ()), "starred"]
+        if headings:
+            starred = bool(STARRED.match(headings[-1]))
+
+
+def fresh_notebook(file=ARTICLE):
+    """An article as a notebook without outputs, its cells numbered.
 
     Each code cell names its edition, by which its outputs will be known. What only
     draws is folded, as on the pages.
     """
-    notebook = jupytext.read(ARTICLE)
+    notebook = jupytext.read(file)
+    mark_starred(notebook)
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
     cells = code_cells(notebook)

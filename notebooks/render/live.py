@@ -21,7 +21,7 @@ from pathlib import Path
 import streamlit as st
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
-from render.article import FOLDED, OPEN, Article, figure_html
+from render.article import FOLDED, OPEN, Article, Fold, figure_html
 from render.memory import set_allocator
 
 WEB = Path(__file__).with_name("web")
@@ -345,9 +345,18 @@ def for_streamlit(block, unfolded):
 
 
 def show(item, unfolded, studio, training):
-    """Show one item of the page: HTML, or a figure."""
+    """Show one item of the page: HTML, a figure, or a fold with figures.
+
+    Figures are no HTML, so they stand below the head of their fold and not inside; the
+    stylesheet hides them while it is folded.
+    """
     if isinstance(item, str):
         st.html(f'<div class="article">{for_streamlit(item, unfolded)}</div>')
+        return
+    if isinstance(item, Fold):
+        with st.container(key=f"fold-{item.name}"):
+            for below in (f"{item.head}</details>", *item.items):
+                show(below, unfolded, studio, training)
         return
     with st.container(key=f"figure-{item.name}"):
         if "data" in item.options:

@@ -7,6 +7,7 @@ inside it, and formulas are MathML, which browsers set themselves.
 """
 
 import base64
+import re
 import sys
 from html import escape
 from pathlib import Path
@@ -15,7 +16,7 @@ import nbformat
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from render.article import Article, figure_html  # noqa: E402
+from render.article import Article, Fold, figure_html  # noqa: E402
 from render.files import ARTICLE, NOTEBOOK, ROOT, code_cells, fresh_notebook  # noqa: E402
 
 PAGE = NOTEBOOK.with_suffix(".html")
@@ -27,14 +28,30 @@ ICON = (
 )
 
 
+def item_html(item):
+    """An item of a part as HTML."""
+    if isinstance(item, str):
+        return item
+    if isinstance(item, Fold):
+        return item.html(item_html)
+    return figure_html(item, item.drawn)
+
+
+def inside(html):
+    """HTML with the place of each starred section inside of it, at the top.
+
+    A browser opens what is folded when a link leads inside, but its summary is outside.
+    """
+    head = r'(<details class="starred"><summary><h\d) id="(.*?)"(.*?</summary>)'
+    return re.sub(head, r'\1\3<span class="place" id="\2"></span>', html, flags=re.S)
+
+
 def page(article):
     """The whole page, in one string."""
     parts = []
     for part in article.parts:
         parts.append(part.heading)
-        for item in part.items:
-            html = item if isinstance(item, str) else figure_html(item, item.drawn)
-            parts.append(html)
+        parts += [inside(item_html(item)) for item in part.items]
     links = "\n".join(
         f'<li class="h{level}"><a href="#{name}">{escape(title)}</a></li>'
         for level, title, name in article.headings

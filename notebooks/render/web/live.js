@@ -47,6 +47,15 @@ function place() {
   return names.length ? document.getElementById(names.at(-1)) : null;
 }
 
+// What is folded around a place, unfolded. The figures of a fold stand below its head.
+function unfold(el) {
+  for (let at = el; at; at = at.parentElement) {
+    const below = at.matches("[class*=st-key-fold-]");
+    const fold = below ? at.querySelector("details") : at.closest("details");
+    if (fold) fold.open = true;
+  }
+}
+
 // A figure begins with its knobs.
 const start = (el) => el?.closest("[class*=st-key-figure-]") ?? el;
 
@@ -55,11 +64,14 @@ const start = (el) => el?.closest("[class*=st-key-figure-]") ?? el;
 let staying = 0;
 function stay(find) {
   const turn = ++staying;
-  let still = 0, left = 900;
+  let still = 0, left = 900, found = false;
   const look = () => {
     if (turn !== staying || still > 60 || --left < 0) return;
     const before = main.scrollTop;
-    start(find())?.scrollIntoView();
+    const el = find();
+    if (el && !found) unfold(el);
+    found ||= Boolean(el);
+    start(el)?.scrollIntoView();
     const complete = document.querySelector(".complete");
     still = complete && Math.abs(main.scrollTop - before) < 1 ? still + 1 : 0;
     requestAnimationFrame(look);
