@@ -2488,8 +2488,6 @@ def s4d_advance(A, B, C, dt, x, u, lengths, method="zoh"):
 
 
 # %% [markdown]
-# ### ★ The state after every sample
-#
 # To look inside a sequence, or to go on from any place in it, one wants the states at
 # all times. The parallel scan has them. A row that has ended keeps its last state.
 
