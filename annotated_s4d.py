@@ -4318,6 +4318,297 @@ if RUN:
 
 
 # %% [markdown]
+# ## Part 14: Where it went
+#
+# S4D was a bridge. Two models crossed it, and each is a small change to what stands on
+# this page. **S5** (Smith, Warrington and Linderman, 2022) makes one system of the $H$.
+# **Mamba** (Gu and Dao, 2023) lets the input choose the step.
+#
+# ### S5: one system for all channels
+#
+# S4D has a system for each channel, and a linear map mixes the channels afterwards. S5
+# has one system whose $B$ and $C$ are matrices and do the mixing themselves: every mode
+# hears all channels, every channel is read from all modes. Each mode has a $\Delta$ of
+# its own.
+#
+# $$
+# x_{k,n} = \bar A_n\, x_{k-1,n} + \Delta_n\,\varphi(\Delta_n A_n) \sum_h B_{nh}\, u_{k,h} ,
+# \qquad
+# y_{k,h} = 2\,\Re \sum_n C_{hn}\, x_{k,n} .
+# $$
+#
+# As convolution this needs $H^2$ kernels, one from each channel to each other. As a scan
+# it needs $N/2$ modes, where S4D has $H N/2$. So S5 trains by the parallel scan of Part
+# 6. We have it: with its input mixed beforehand, each mode is a system of one mode.
+
+# %%
+@compiled
+def s5_every(A, B, C, dt, x, u, lengths, method="zoh"):
+    """Take a chunk by parallel scan. A, dt (N/2,), B (N/2, H), C (H, N/2),
+    x (batch, N/2), u (batch, L, H), zero after the end of a row, lengths (batch,).
+
+    Returns the state after every sample, (batch, L, N/2), and y (batch, L, H).
+    """
+    v = jnp.einsum("nh,zlh->znl", B, u, precision="highest")  # (batch, N/2, L)
+    one = jnp.ones_like(A)[:, None]
+    x, _ = s4d_every(A[:, None], one, one, dt, x[..., None], v, lengths, method)
+    y = jnp.einsum("hn,zln->zlh", C, x[..., 0], precision="highest")
+    return x[..., 0], 2 * y.real
+
+
+# %% [markdown]
+# Four S4D systems side by side are one S5 whose $B$ and $C$ are block-diagonal. And any
+# S5 is a dense real system, which SciPy can run: a block of 2 by 2 for each pair, its
+# time counted in $\Delta_n$.
+
+# %%
+def dense_s5(A, B, C, dt, u):
+    """The output (L, H) by SciPy, from a dense real system of N numbers. u (L, H)."""
+    A, B, C, dt, u = (np.asarray(v, complex) for v in (A, B, C, dt, u))
+    blocks = [[[z.real, -z.imag], [z.imag, z.real]] for z in dt * A]
+    v = dt[:, None] * B
+    B = np.stack([v.real, v.imag], 1).reshape(2 * len(A), -1)  # (N, H)
+    C = 2 * np.stack([C.real, -C.imag], -1).reshape(-1, 2 * len(A))  # (H, N)
+    still = np.zeros((len(C), u.shape[1]))
+    system = scipy.linalg.block_diag(*blocks), B, C, still
+    A, B, *_ = scipy.signal.cont2discrete(system, 1.0)
+    return scipy.signal.dlsim((A, B, C @ A, C @ B, 1.0), u.real)[1]  # at the end of a hold
+
+
+if RUN:
+    layer = S4D(4, 16, rngs=nnx.Rngs(0))
+    v = jax.random.normal(jax.random.key(1), (1, 100, 4))
+    A, B, C, dt = layer.system()
+    block = jax.scipy.linalg.block_diag
+    one = A.ravel(), block(*B[..., None]), block(*C[:, None]), jnp.repeat(dt, 8)
+    _, y = s5_every(*one, jnp.zeros((1, 32), complex), v, jnp.array([100]))
+    apart = causal_conv(v[0].T, layer.kernel(100)).T
+    agree("one S5, block-diagonal", y[0], "four S4D", apart)
+    agree("one S5, block-diagonal", y[0], "dense, by SciPy", dense_s5(*one, v[0]))
+
+
+# %% [markdown]
+# A layer has such a system, `D` and a mixer. It keeps the contract of Part 8 but for
+# one thing: there is no `kernel`. Each way to run it is the same chunk: a call is a
+# chunk that starts from rest, a step is a chunk of one sample. What a state must look
+# like, the state of rest says.
+
+# %%
+def check_like(x, rest):
+    """Refuse a state that is not of this layer. Returns x, of the kind of rest."""
+    fits = jnp.shape(x) == rest.shape
+    require(fits, f"x has shape {jnp.shape(x)}", f"{rest.shape}")
+    return jnp.asarray(x, rest.dtype)
+
+
+class S5(nnx.Module):
+    """A diagonal system of H inputs and outputs, and a mixing map. u and y
+    (batch, L, H), x (batch, N/2). Options and methods as S4D, but no kernel."""
+
+    linear = Linear
+
+    def __init__(self, d_model, d_state=64, *, init="legs", discretization="zoh",
+                 dt_min=0.001, dt_max=0.1, dropout=0.0, final_act="glu", rngs):
+        H = require_count("d_model", d_model)
+        half = require_count("d_state", d_state, multiple=2) // 2
+        check_range(discretization, dt_min, dt_max)
+        self.method = discretization
+        A = s4d_init(init, d_state, rngs.params())
+        place = jax.random.uniform(rngs.params(), (half,))
+        B = jax.random.normal(rngs.params(), (half, H, 2)) * (2 * H) ** -0.5
+        C = jax.random.normal(rngs.params(), (H, half, 2)) * 0.5**0.5
+        log_dt = math.log(dt_min) + place * math.log(dt_max / dt_min)
+        self.log_dt = nnx.Param(log_dt)  # (N/2,), one for each mode
+        self.log_A_real = nnx.Param(jnp.log(-A.real))  # (N/2,)
+        self.A_imag = nnx.Param(A.imag)  # (N/2,)
+        self.B, self.C = nnx.Param(B), nnx.Param(C)
+        self.D = nnx.Param(jax.random.normal(rngs.params(), (H,)))
+        self.mixer = Mixer(H, final_act, dropout, rngs=rngs)
+
+    def system(self):
+        """Return A (N/2,), B (N/2, H), C (H, N/2), complex, and dt (N/2,)."""
+        A = jax.lax.complex(-jnp.exp(precise(self.log_A_real)), precise(self.A_imag))
+        return A, pairs(self.B), pairs(self.C), jnp.exp(precise(self.log_dt))
+
+    def init_state(self, batch):
+        """Return a state of rest, complex zeros (batch, N/2)."""
+        return jnp.zeros((batch, *self.A_imag.shape), complex)
+
+    def run(self, x, u, lengths):
+        """From a state to that after every sample, and the system's y (batch, L, H)."""
+        return s5_every(*self.system(), x, u, lengths, self.method)
+
+    def __call__(self, u, lengths=None):
+        return self.advance(self.init_state(u.shape[0]), u, lengths)[1]
+
+    def step(self, x, u):
+        x, y = self.advance(x, u[:, None])
+        return x, y[:, 0]
+
+    @broadcasting
+    def advance(self, x, u, lengths=None, every=False):
+        u, lengths = admit(u, len(self.D), lengths)
+        x = check_like(x, self.init_state(u.shape[0]))
+        x, y = self.run(x, u, lengths)
+        y = self.mixer(y + precise(self.D) * u)
+        return x if every else x[:, -1], masked(y, lengths)
+
+
+LAYERS["s5"] = S5
+
+
+# %% [markdown]
+# It is a name like any other: `kernel="s5"` builds a block, a stack, a model of it.
+
+# %%
+def keeps_the_contract(kernel):
+    """Check call, steps, chunks and padding of a model of two blocks."""
+    model = S4DModel(3, 5, 8, 16, 2, kernel=kernel, pooling="last", rngs=nnx.Rngs(0))
+    v = jax.random.normal(jax.random.key(1), (2, 50, 3))
+    x, answers = advance(model, model.init_state(2), v[:, :20])
+    _, on = advance(model, x, v[:, 20:])
+    answers = np.hstack([answers, on])
+    agree(f"{kernel}: last answer", answers[:, -1], "whole", call(model, v))
+    agree(f"{kernel}: stepped", run_steps(model, v)[1], "in chunks", answers)
+    padded = call(model, v, jnp.array([20, 50]))
+    agree(f"{kernel}: row of 20, padded", padded[0], "answer at 20", answers[0, 19])
+
+
+if RUN:
+    keeps_the_contract("s5")
+
+
+# %% [markdown]
+# ### Mamba: the input chooses the step
+#
+# S4D treats every sample alike. It cannot tell one that matters from one that does not:
+# both enter by the same $\bar B$, and the past fades by the same $\bar A$. Mamba makes
+# $\Delta$, $B$ and $C$ functions of the input, at each sample anew:
+#
+# $$
+# \Delta_k = \mathrm{softplus}(W_\Delta u_k + b_\Delta), \qquad
+# B_k = W_B u_k + b_B, \qquad C_k = W_C u_k + b_C ,
+# $$
+#
+# with $\mathrm{softplus}(s) = \log(1 + e^s)$, which is positive, and nearly $e^s$ where
+# $s$ is far below zero. Each of the $H$ channels has its own $\Delta$ and $N$ real
+# poles, first $-1, -2, \dots, -N$: S4D-Real has its day. All share $B_k$ and $C_k$, of
+# $N$ numbers. With zero-order hold a step is
+#
+# $$
+# x_k = e^{\Delta_k A} x_{k-1} + \frac{e^{\Delta_k A} - 1}{A}\,B_k u_k
+# = x_{k-1} + \underbrace{(1 - e^{\Delta_k A})}_{\text{gate}}
+# \Big(\frac{B_k u_k}{-A} - x_{k-1}\Big) .
+# $$
+#
+# Read the right side. The state moves towards $-B_k u_k / A$, by a share between 0 and
+# 1. A large $\Delta$ forgets all and takes the new value. A tiny $\Delta$ keeps the
+# past and ignores the sample. That is the **forget gate** of an LSTM or GRU: with
+# $A = -1$ the share is $1 - e^{-\mathrm{softplus}(s)}$, the sigmoid of $s$ (theorem 1
+# of the Mamba paper). The share is `-expm1(dt * A)`, without a digit lost.
+#
+# The timed recurrence of Part 5 runs it already. Its $C$ is the same at all times, and
+# ours is not. So each mode is a system of its own again, read with $C = \tfrac12$,
+# because of the $2\,\Re$: what comes out is the state itself.
+
+# %%
+def selective_modes(A, B, dt, u):
+    """The timed system (A_bar, B_bar, A_rest), and the input, of H x N single modes.
+
+    A (H, N), B (batch, L, N), dt and u (batch, L, H).
+    """
+    fade = jnp.expm1(dt[..., None] * A)  # (batch, L, H, N)
+    B_bar = fade / A * B[:, :, None]
+    fade, B_bar = (jnp.moveaxis(v, 1, -1)[..., None] for v in (fade, B_bar))
+    return (jnp.ones_like(fade), B_bar, fade), jnp.moveaxis(u, 1, -1)[:, :, None]
+
+
+@compiled
+def selective_every(A, B, C, dt, x, u):
+    """Take a chunk of selective steps. A (H, N); B, C (batch, L, N); dt, u
+    (batch, L, H); x (batch, H, N). Where dt is zero the state stays.
+
+    Returns the state after every sample, (batch, L, H, N), and y (batch, L, H).
+    """
+    (A_bar, B_bar, A_rest), u = selective_modes(A, B, dt, u)
+    half = jnp.full(1, 0.5)
+    x, _ = s4d_recurrence(A_bar, B_bar, half, u, x[..., None], A_rest, timed=True)
+    x = jnp.moveaxis(x, -1, 1)  # (batch, L, H, N)
+    return x, jnp.einsum("zlhn,zln->zlh", x, C, precision="highest")
+
+
+# %% [markdown]
+# The layer differs from S5 in its parameters and in what a chunk does. A row that has
+# ended is easy here: no time passes, $\Delta = 0$.
+
+# %%
+class Selective(S5):
+    """H selective systems of N real modes, and a mixing map. x (batch, H, N), real.
+
+    Methods as S5. dt begins as in S4D where u is zero. Mamba has B_bar = dt B, a map to
+    dt of low rank, no biases for B and C. Here: zero-order hold, full rank, biases.
+    """
+
+    def __init__(self, d_model, d_state=16, *, init="real", discretization="zoh",
+                 dt_min=0.001, dt_max=0.1, dropout=0.0, final_act="glu", rngs):
+        H = require_count("d_model", d_model)
+        N = require_count("d_state", d_state)
+        real = "'real': forgetting is by dt, which needs no frequencies"
+        require(init == "real", f"init is {init!r}", real)
+        zoh = "'zoh': only its pole stays positive for every dt, a gate"
+        require(discretization == "zoh", f"discretization is {discretization!r}", zoh)
+        check_range(discretization, dt_min, dt_max)
+        place = jax.random.uniform(rngs.params(), (H,))
+        dt = dt_min * (dt_max / dt_min) ** place
+        self.log_dt = nnx.Param(jnp.log(jnp.expm1(dt)))  # softplus of it is dt
+        self.log_A_real = nnx.Param(jnp.tile(jnp.log(jnp.arange(1.0, N + 1)), (H, 1)))
+        self.D = nnx.Param(jax.random.normal(rngs.params(), (H,)))
+        self.to_dt = Linear(H, H, use_bias=False, param_dtype=float, rngs=rngs)
+        self.to_B, self.to_C = (affine(H, N, rngs) for _ in range(2))
+        self.mixer = Mixer(H, final_act, dropout, rngs=rngs)
+
+    def system(self, u):
+        """Return A (H, N), and for u (batch, L, H) B, C (batch, L, N), dt as u."""
+        dt = jax.nn.softplus(self.to_dt(u) + precise(self.log_dt))
+        return -jnp.exp(precise(self.log_A_real)), self.to_B(u), self.to_C(u), dt
+
+    def init_state(self, batch):
+        """Return a state of rest, zeros (batch, H, N)."""
+        return jnp.zeros((batch, *self.log_A_real.shape))
+
+    def run(self, x, u, lengths):
+        A, B, C, dt = self.system(u)
+        return selective_every(A, B, C, masked(dt, lengths), x, u)
+
+    def kernel(self, L):
+        """Refuse: there is none."""
+        why = "a call, step or advance: its steps differ, so places share no kernel"
+        raise ValueError(f"the kernel of a selective layer, of length {L}; allowed: {why}")
+
+
+LAYERS["selective"] = Selective
+
+
+# %% [markdown]
+# ### A task that decides: sample and hold
+#
+# Two channels come in, a value and a mark. The value is noise, new at every step. Four
+# of a hundred steps are marked. The answer at each step is the value at the last mark.
+# A time-invariant layer weighs a value by its age. Here its age says nothing: what
+# counts is a sign that comes along with it.
+
+# %%
+def sample_and_hold(rng, batch=16, L=128, marked=0.04):
+    """Draw value and mark, u (batch, L, 2), and the value at the last mark,
+    (batch, L, 1), which is 0 before the first. rng is NumPy's."""
+    value = rng.standard_normal((batch, L))
+    mark = rng.random((batch, L)) < marked
+    last = np.maximum.accumulate(np.where(mark, np.arange(L), -1), 1)
+    held = np.take_along_axis(value, np.maximum(last, 0), 1)
+    return np.stack([value, mark], -1), np.where(last < 0, 0, held)[..., None]
+
+
+# %% [markdown]
 # ## Closing: all views agree
 #
 # One system, many ways to compute it. Here they all are, on four systems of `legs` with
