@@ -4326,10 +4326,9 @@ if RUN:
 #
 # ### S5: one system for all channels
 #
-# S4D has a system for each channel, and a linear map mixes the channels afterwards. S5
-# has one system whose $B$ and $C$ are matrices and do the mixing themselves: every mode
-# hears all channels, every channel is read from all modes. Each mode has a $\Delta$ of
-# its own.
+# S4D has a system for each channel, and a linear map mixes the channels afterwards. In
+# S5 the matrices $B$ and $C$ of a single system mix them: each mode hears all channels,
+# each channel is read from all modes. Each mode has a $\Delta$ of its own.
 #
 # $$
 # x_{k,n} = \bar A_n\, x_{k-1,n} + \Delta_n\,\varphi(\Delta_n A_n) \sum_h B_{nh}\, u_{k,h} ,
@@ -4337,9 +4336,9 @@ if RUN:
 # y_{k,h} = 2\,\Re \sum_n C_{hn}\, x_{k,n} .
 # $$
 #
-# As convolution this needs $H^2$ kernels, one from each channel to each other. As a scan
+# As a convolution this needs $H^2$ kernels, from each channel to each other. As a scan
 # it needs $N/2$ modes, where S4D has $H N/2$. So S5 trains by the parallel scan of Part
-# 6. We have it: with its input mixed beforehand, each mode is a system of one mode.
+# 6. We have it: once its input is mixed, each mode is a system of one mode.
 
 # %%
 @compiled
@@ -4357,22 +4356,21 @@ def s5_every(A, B, C, dt, x, u, lengths, method="zoh"):
 
 
 # %% [markdown]
-# Four S4D systems side by side are one S5 whose $B$ and $C$ are block-diagonal. And any
-# S5 is a dense real system, which SciPy can run: a block of 2 by 2 for each pair, its
-# time counted in $\Delta_n$.
+# Two checks. Four S4D systems side by side are one S5 whose $B$ and $C$ are
+# block-diagonal. And an S5 is a dense real system, whose time we count in $\Delta_n$.
+# SciPy can run it.
 
 # %%
 def dense_s5(A, B, C, dt, u):
-    """The output (L, H) by SciPy, from a dense real system of N numbers. u (L, H)."""
-    A, B, C, dt, u = (np.asarray(v, complex) for v in (A, B, C, dt, u))
-    blocks = [[[z.real, -z.imag], [z.imag, z.real]] for z in dt * A]
-    v = dt[:, None] * B
-    B = np.stack([v.real, v.imag], 1).reshape(2 * len(A), -1)  # (N, H)
-    C = 2 * np.stack([C.real, -C.imag], -1).reshape(-1, 2 * len(A))  # (H, N)
-    still = np.zeros((len(C), u.shape[1]))
-    system = scipy.linalg.block_diag(*blocks), B, C, still
-    A, B, *_ = scipy.signal.cont2discrete(system, 1.0)
-    return scipy.signal.dlsim((A, B, C @ A, C @ B, 1.0), u.real)[1]  # at the end of a hold
+    """The output (L, H) by SciPy, from real and imaginary parts as a state of N."""
+    A, B, C, dt, u = (np.asarray(v, complex) for v in (A, B, C, dt[:, None], u))
+    turn = dt.ravel() * A
+    real, imag = np.diag(turn.real), np.diag(turn.imag)
+    M = np.block([[real, -imag], [imag, real]])  # (N, N)
+    B = np.vstack([(dt * B).real, (dt * B).imag])  # (N, H)
+    C = 2 * np.hstack([C.real, -C.imag])  # (H, N)
+    A, B, *_ = scipy.signal.cont2discrete((M, B, C, 0 * C @ B), 1.0)
+    return scipy.signal.dlsim((A, B, C @ A, C @ B, 1.0), u.real)[1]
 
 
 if RUN:
@@ -4388,19 +4386,10 @@ if RUN:
 
 
 # %% [markdown]
-# A layer has such a system, `D` and a mixer. It keeps the contract of Part 8 but for
-# one thing: there is no `kernel`. Each way to run it is the same chunk: a call is a
-# chunk that starts from rest, a step is a chunk of one sample. What a state must look
-# like, the state of rest says.
+# The layer keeps the contract of Part 8, but has no `kernel`. A call is a chunk that
+# starts from rest, a step is a chunk of one sample.
 
 # %%
-def check_like(x, rest):
-    """Refuse a state that is not of this layer. Returns x, of the kind of rest."""
-    fits = jnp.shape(x) == rest.shape
-    require(fits, f"x has shape {jnp.shape(x)}", f"{rest.shape}")
-    return jnp.asarray(x, rest.dtype)
-
-
 class S5(nnx.Module):
     """A diagonal system of H inputs and outputs, and a mixing map. u and y
     (batch, L, H), x (batch, N/2). Options and methods as S4D, but no kernel."""
@@ -4414,11 +4403,10 @@ class S5(nnx.Module):
         check_range(discretization, dt_min, dt_max)
         self.method = discretization
         A = s4d_init(init, d_state, rngs.params())
-        place = jax.random.uniform(rngs.params(), (half,))
+        log_dt = jax.random.uniform(rngs.params(), (half,)) * math.log(dt_max / dt_min)
         B = jax.random.normal(rngs.params(), (half, H, 2)) * (2 * H) ** -0.5
         C = jax.random.normal(rngs.params(), (H, half, 2)) * 0.5**0.5
-        log_dt = math.log(dt_min) + place * math.log(dt_max / dt_min)
-        self.log_dt = nnx.Param(log_dt)  # (N/2,), one for each mode
+        self.log_dt = nnx.Param(math.log(dt_min) + log_dt)  # (N/2,), one for each mode
         self.log_A_real = nnx.Param(jnp.log(-A.real))  # (N/2,)
         self.A_imag = nnx.Param(A.imag)  # (N/2,)
         self.B = nnx.Param(B)
@@ -4432,7 +4420,6 @@ class S5(nnx.Module):
         return A, pairs(self.B), pairs(self.C), jnp.exp(precise(self.log_dt))
 
     def init_state(self, batch):
-        """Return a state of rest, complex zeros (batch, N/2)."""
         return jnp.zeros((batch, *self.A_imag.shape), complex)
 
     def run(self, x, u, lengths):
@@ -4449,52 +4436,35 @@ class S5(nnx.Module):
     @broadcasting
     def advance(self, x, u, lengths=None, every=False):
         u, lengths = admit(u, len(self.D), lengths)
-        x = check_like(x, self.init_state(u.shape[0]))
-        x, y = self.run(x, u, lengths)
+        rest = self.init_state(u.shape[0])
+        require(x.shape == rest.shape, f"x has shape {x.shape}", f"{rest.shape}")
+        x, y = self.run(jnp.asarray(x, rest.dtype), u, lengths)
         y = self.mixer(y + precise(self.D) * u)
         return x if every else x[:, -1], masked(y, lengths)
 
 
-LAYERS["s5"] = S5
-
-
-# %% [markdown]
-# It is a name like any other: `kernel="s5"` builds a block, a stack, a model of it.
-
 # %%
-def keeps_the_contract(kernel):
-    """Check call, steps, chunks and padding of a model of one block."""
-    model = S4DModel(3, 5, 8, 16, 1, kernel=kernel, pooling="last", rngs=nnx.Rngs(0))
-    v = jax.random.normal(jax.random.key(1), (2, 50, 3))
-    x, answers = advance(model, model.init_state(2), v[:, :20])
-    _, on = advance(model, x, v[:, 20:])
-    answers = np.hstack([answers, on])
-    agree(f"{kernel}: last answer", answers[:, -1], "whole", call(model, v))
-    agree(f"{kernel}: stepped", run_steps(model, v)[1], "in chunks", answers)
-    padded = call(model, v, jnp.array([20, 50]))
-    agree(f"{kernel}: row of 20, padded", padded[0], "answer at 20", answers[0, 19])
-
-
+LAYERS["s5"] = S5
 if RUN:
-    keeps_the_contract("s5")
+    layer = S5(4, 16, rngs=nnx.Rngs(0))
+    agree("S5, step by step", run_steps(layer, v)[1], "called", call(layer, v))
 
 
 # %% [markdown]
 # ### Mamba: the input chooses the step
 #
-# S4D treats every sample alike. It cannot tell one that matters from one that does not:
-# both enter by the same $\bar B$, and the past fades by the same $\bar A$. Mamba makes
-# $\Delta$, $B$ and $C$ functions of the input, at each sample anew:
+# S4D treats every sample alike: all enter by the same $\bar B$, and the past fades by the
+# same $\bar A$, whether a sample matters or not. In Mamba $\Delta$, $B$ and $C$ come from the
+# sample itself,
 #
 # $$
 # \Delta_k = \mathrm{softplus}(W_\Delta u_k + b_\Delta), \qquad
 # B_k = W_B u_k + b_B, \qquad C_k = W_C u_k + b_C ,
 # $$
 #
-# with $\mathrm{softplus}(s) = \log(1 + e^s)$, which is positive, and nearly $e^s$ where
-# $s$ is far below zero. Each of the $H$ channels has its own $\Delta$ and $N$ real
-# poles, first $-1, -2, \dots, -N$: S4D-Real has its day. All share $B_k$ and $C_k$, of
-# $N$ numbers. With zero-order hold a step is
+# with $\mathrm{softplus}(s) = \log(1 + e^s)$, which is positive. Each of $H$ channels
+# has a $\Delta$ and $N$ real poles, first $-1, \dots, -N$: S4D-Real has its day. All share
+# $B_k$ and $C_k$, $N$ numbers each. With zero-order hold a step is
 #
 # $$
 # x_k = e^{\Delta_k A} x_{k-1} + \frac{e^{\Delta_k A} - 1}{A}\,B_k u_k
@@ -4502,28 +4472,17 @@ if RUN:
 # \Big(\frac{B_k u_k}{-A} - x_{k-1}\Big) .
 # $$
 #
-# Read the right side. The state moves towards $-B_k u_k / A$, by a share between 0 and
-# 1. A large $\Delta$ forgets all and takes the new value. A tiny $\Delta$ keeps the
-# past and ignores the sample. That is the **forget gate** of an LSTM or GRU: with
-# $A = -1$ the share is $1 - e^{-\mathrm{softplus}(s)}$, the sigmoid of $s$ (theorem 1
-# of the Mamba paper). The share is `-expm1(dt * A)`, without a digit lost.
+# On the right the state moves by a share between 0 and 1 towards $-B_k u_k / A$. A large
+# $\Delta$ forgets all and takes the new value; a tiny one keeps the past and ignores the
+# sample. That is the **forget gate** of an LSTM or GRU: with $A = -1$ the share is the
+# sigmoid of $s$ (theorem 1 of the Mamba paper). `expm1` computes it without losing a
+# digit.
 #
-# The timed recurrence of Part 5 runs it already. Its $C$ is the same at all times, and
-# ours is not. So each mode is a system of its own again, read with $C = \tfrac12$,
-# because of the $2\,\Re$: what comes out is the state itself.
+# The timed recurrence of Part 5 can run this. Its $C$ does not change with time, so each
+# mode is a system of its own again, and $C = \tfrac12$ undoes the $2\,\Re$: what comes out
+# is the state.
 
 # %%
-def selective_modes(A, B, dt, u):
-    """The timed system (A_bar, B_bar, A_rest), and the input, of H x N single modes.
-
-    A (H, N), B (batch, L, N), dt and u (batch, L, H).
-    """
-    fade = jnp.expm1(dt[..., None] * A)  # (batch, L, H, N)
-    B_bar = fade / A * B[:, :, None]
-    fade, B_bar = (jnp.moveaxis(v, 1, -1)[..., None] for v in (fade, B_bar))
-    return (jnp.ones_like(fade), B_bar, fade), jnp.moveaxis(u, 1, -1)[:, :, None]
-
-
 @compiled
 def selective_every(A, B, C, dt, x, u):
     """Take a chunk of selective steps. A (H, N); B, C (batch, L, N); dt, u
@@ -4531,37 +4490,39 @@ def selective_every(A, B, C, dt, x, u):
 
     Returns the state after every sample, (batch, L, H, N), and y (batch, L, H).
     """
-    (A_bar, B_bar, A_rest), u = selective_modes(A, B, dt, u)
-    half = jnp.full(1, 0.5)
-    x, _ = s4d_recurrence(A_bar, B_bar, half, u, x[..., None], A_rest, timed=True)
-    x = jnp.moveaxis(x, -1, 1)  # (batch, L, H, N)
+    fade = jnp.expm1(dt[..., None] * A)  # (batch, L, H, N)
+    B_bar = fade / A * B[:, :, None]
+    fade, B_bar = (jnp.moveaxis(v, 1, -1)[..., None] for v in (fade, B_bar))
+    system = jnp.ones_like(fade), B_bar, jnp.full(1, 0.5)  # A_bar is 1 + fade
+    u = jnp.moveaxis(u, 1, -1)[:, :, None]  # (batch, H, 1, L)
+    x, _ = s4d_recurrence(*system, u, x[..., None], fade, timed=True)
+    x = jnp.moveaxis(x, -1, 1)
     return x, jnp.einsum("zlhn,zln->zlh", x, C, precision="highest")
 
 
 # %% [markdown]
-# The layer differs from S5 in its parameters and in what a chunk does. A row that has
-# ended is easy here: no time passes, $\Delta = 0$.
+# The layer is S5's but for its parameters and what a chunk does. Where a row has ended
+# no time passes, $\Delta = 0$.
 
 # %%
 class Selective(S5):
     """H selective systems of N real modes, and a mixing map. x (batch, H, N), real.
 
-    Methods as S5. dt begins as in S4D where u is zero. Mamba has B_bar = dt B, a map to
-    dt of low rank, no biases for B and C. Here: zero-order hold, full rank, biases.
+    At u = 0 dt begins as in S4D. Mamba has B_bar = dt B, a map to dt of low rank, and
+    no biases for B and C; here: zero-order hold, full rank, biases.
     """
 
     def __init__(self, d_model, d_state=16, *, init="real", discretization="zoh",
                  dt_min=0.001, dt_max=0.1, dropout=0.0, final_act="glu", rngs):
         H = require_count("d_model", d_model)
         N = require_count("d_state", d_state)
-        real = "'real': forgetting is by dt, which needs no frequencies"
-        require(init == "real", f"init is {init!r}", real)
-        zoh = "'zoh': only its pole stays positive for every dt, a gate"
-        require(discretization == "zoh", f"discretization is {discretization!r}", zoh)
         check_range(discretization, dt_min, dt_max)
-        place = jax.random.uniform(rngs.params(), (H,))
-        dt = dt_min * (dt_max / dt_min) ** place
-        self.log_dt = nnx.Param(jnp.log(jnp.expm1(dt)))  # softplus of it is dt
+        why = "'real', as dt chooses what is forgotten"
+        require(init == "real", f"init is {init!r}", why)
+        why = "'zoh', as a gate lies between 0 and 1"
+        require(discretization == "zoh", f"discretization is {discretization!r}", why)
+        dt = dt_min * (dt_max / dt_min) ** jax.random.uniform(rngs.params(), (H,))
+        self.log_dt = nnx.Param(jnp.log(jnp.expm1(dt)))  # (H,), softplus makes it dt
         self.log_A_real = nnx.Param(jnp.tile(jnp.log(jnp.arange(1.0, N + 1)), (H, 1)))
         self.D = nnx.Param(jax.random.normal(rngs.params(), (H,)))
         self.to_dt = Linear(H, H, use_bias=False, param_dtype=float, rngs=rngs)
@@ -4574,7 +4535,6 @@ class Selective(S5):
         return -jnp.exp(precise(self.log_A_real)), self.to_B(u), self.to_C(u), dt
 
     def init_state(self, batch):
-        """Return a state of rest, zeros (batch, H, N)."""
         return jnp.zeros((batch, *self.log_A_real.shape))
 
     def run(self, x, u, lengths):
@@ -4583,57 +4543,55 @@ class Selective(S5):
 
     def kernel(self, L):
         """Refuse: there is none."""
-        why = "a call, step or advance: its steps differ, so places share no kernel"
-        raise ValueError(f"the kernel of a selective layer, of length {L}; allowed: {why}")
+        ways = "call, step and advance, as each step is another one"
+        raise ValueError(f"a selective layer was asked for its kernel; allowed: {ways}")
 
 
 LAYERS["selective"] = Selective
 
 
 # %% [markdown]
-# Frozen, with weights of zero, it is S4D from real poles. (The $2\,\Re$ counts a real
-# mode twice, so S4D gets half of $C$.) The scan of Part 6 runs it too, and the contract
-# holds.
+# The scan of Part 6 finds the same states. And frozen, with weights of zero, the layer
+# is S4D from real poles. (The $2\,\Re$ counts a real mode twice, so S4D gets half of $C$.)
 
 # %%
 if RUN:
     layer = Selective(4, 8, rngs=nnx.Rngs(0))
-    rest = layer.init_state(1)
+    agree("selective, step by step", run_steps(layer, v)[1], "called", call(layer, v))
+    x, _ = layer.run(layer.init_state(1), v, jnp.array([100]))
     A, B, C, dt = layer.system(v)
-    x, _ = selective_every(A, B, C, dt, rest, v)
-    (A_bar, B_bar, A_rest), u = selective_modes(A, B, dt, v)
-    B_bar = B_bar.astype(complex)
-    y, _ = s4d_scan(A_bar, B_bar, jnp.full(1, 0.5), u, A_rest=A_rest, timed=True)
-    agree("selective, by scan", jnp.moveaxis(y, -1, 1), "by recurrence", x)
+    timed = s4d_discretize(A + 0j, B[:, :, None], dt)  # (1, 100, 4, 8) each
+    timed = (part.swapaxes(1, 2) for part in timed)
+    _, states = s4d_scan(*timed, jnp.ones(8), v.swapaxes(1, 2), timed=True)
+    agree("its states by scan", states.swapaxes(1, 2).real, "by recurrence", x)
     for part in (layer.to_dt, layer.to_B, layer.to_C):
         part.kernel[...] = jnp.zeros_like(part.kernel[...])
     A, B, C, dt = layer.system(v)
-    _, y = selective_every(A, B, C, dt, rest, v)
+    _, y = layer.run(layer.init_state(1), v, jnp.array([100]))
     K = s4d_kernel(A + 0j, B[0, 0], C[0, 0] / 2, dt[0, 0], 100)
     agree("selective, frozen", y[0].T, "S4D, real poles", causal_conv(v[0].T, K))
-    keeps_the_contract("selective")
 
 
 # %% [markdown]
-# Why is there no convolution any more? Unroll the steps. Sample $j$ reaches the output
+# Why is there no convolution any more? Unroll the steps: sample $j$ reaches the output
 # at $k$ with the weight
 #
 # $$
 # C_k^\top\, e^{(\Delta_{j+1} + \dots + \Delta_k) A}\, \bar B_j ,
 # $$
 #
-# which depends on both places and on all that came between. A kernel has $L$ numbers;
-# here are $L^2$, and they are known only when the input is. So the FFT is lost. Training
-# runs all states, $HN$ numbers for each sample, and keeps them for the gradient. A
-# frequency response is lost, as the layer is not linear in $u$. And $\Delta$ is no time
-# any more: a model that reads every second sample cannot be told so.
+# which depends on both places and on all that came between. Instead of $L$ numbers there
+# are $L^2$, known only when the input is. So the FFT is lost, and training keeps all
+# states, $HN$ numbers for each sample. The frequency response is lost, too, as the layer
+# is not linear. And $\Delta$ is no time any more: to a model that reads every second
+# sample one cannot say so.
 #
 # ### A task that decides: sample and hold
 #
 # Two channels come in, a value and a mark. The value is noise, new at every step. Four
 # of a hundred steps are marked. The answer at each step is the value at the last mark.
-# A time-invariant layer weighs a value by its age. Here its age says nothing: what
-# counts is a sign that comes along with it.
+# A time-invariant layer weighs a value by its age. Here what counts is a sign that comes
+# along with it.
 
 # %%
 def sample_and_hold(rng, batch=16, L=128, marked=0.04):
@@ -4647,27 +4605,26 @@ def sample_and_hold(rng, batch=16, L=128, marked=0.04):
 
 
 # %% [markdown]
-# Three models learn it, S4D with two layers and with four and a single selective layer
-# without FFN, each with three seeds, by `python tests/measure/selective.py`: 1,500 steps
-# of Adam, 16 rows of 128 samples each, width 32. The rates are those of Part 11, for
-# all, and nothing was searched. The cell prints what is left, the mean squared error as
-# a share of the answer's mean square, on new rows of the same and of eight times the
-# length.
+# Three models learn it: S4D with two layers, with four, and one selective layer without
+# FFN. `python tests/measure/selective.py` trains each with three seeds: 1,500 steps of
+# Adam, 16 rows each, width 32, for all of them the rates of Part 11, not searched. The
+# cell prints the squared error as a share of the answer's mean square, on new rows of the
+# same length and of eight times that.
 
 # %%
 if RUN:
     for name, found in measurements("selective").get("models", {}).items():
-        print(f"{name:22s} {found['parameters']:7,} parameters", end="")
+        line = f"{name:20s} {found['parameters']:6,} parameters"
         for L in (128, 1024):
-            mean, spread = across(found["runs"], f"left at {L}")
-            print(f"   {L:5,} steps: {mean:7.2%} ± {spread:.2%}", end="")
-        print()
+            left = "{:8.2%} ± {:.2%}".format(*across(found["runs"], f"left at {L}"))
+            line += f"   {L:5,} steps:{left}"
+        print(line)
 
 
 # %% [markdown]
 # PROSE
 #
-# How does it do that? Look at its $\Delta$.
+# Its $\Delta$ shows how it does that.
 
 # %%
 @figure(seed=[0, 1, 2])
@@ -4684,8 +4641,8 @@ def learned_steps(seed=0):
     top.plot(row["value"], ".", color=INK, ms=4, label="value")
     top.step(range(128), row["answer"], where="mid", label="answer", color=GREEN, lw=3)
     top.plot(row["said"], label="model", color=ORANGE)
-    for ax in (top, bottom):
-        for k in row["marks"]:
+    for k in row["marks"]:
+        for ax in (top, bottom):
             ax.axvline(k, ls=":", lw=1, color=INK)
     bottom.semilogy(np.transpose(row["dt"]), lw=1.2)
     bottom.set(ylabel="$\\Delta$", xlabel="step", ylim=(1e-4, 30))
@@ -4694,40 +4651,38 @@ def learned_steps(seed=0):
 
 
 # %% [markdown]
-# At a mark these channels open: $\Delta$ grows a hundredfold, the old value is
-# forgotten, the new one taken. Between marks it is tiny: the value is kept, and the
-# noise stays out. S4D has no such gate. Its layers must build one from what they have,
-# fixed filters and the products in between.
+# At a mark these channels open: the old value is forgotten, the new one taken. Between
+# marks $\Delta$ is tiny: the value is kept, and the noise stays out. S4D has no gate. Its
+# layers must build one from fixed filters and what stands between them.
 #
 # ### Side by side
 #
 # | | S4 | DSS | S4D | S5 | Mamba |
 # |:--|:--|:--|:--|:--|:--|
-# | state matrix | diagonal, less a rank-one term | diagonal | diagonal | diagonal | diagonal, real |
-# | inputs and outputs of a system | one, one | one, one | one, one | $H$, $H$ | one, one |
-# | $\Delta, B, C$ | learned | learned | learned | learned | computed from the input |
-# | trained as | convolution, kernel by Cauchy sums | convolution, kernel by a softmax | convolution, kernel by powers | parallel scan | scan |
+# | state matrix | diagonal less rank one | diagonal | diagonal | diagonal | diagonal, real |
+# | inputs, outputs of a system | 1, 1 | 1, 1 | 1, 1 | $H$, $H$ | 1, 1 |
+# | $\Delta, B, C$ | learned | learned | learned | learned | from the input |
+# | trained as | convolution, by Cauchy sums | convolution, by softmax | convolution, by powers | scan | scan |
+# | memory for $L$ steps | $HL$ | $HL$ | $HL$ | $NL$ | $HNL$ |
 # | streamed as | recurrence | recurrence | recurrence | recurrence | recurrence |
-# | state of a layer | $HN$ | $HN$ | $HN$ | $N$ | $HN$ |
-# | one step | $HN$ | $HN$ | $HN$ | $HN$ | $HN + H^2$ |
-# | $L$ steps, memory in training | $HL$ | $HL$ | $HL$ | $NL$ | $HNL$ |
-# | what it can | the very memory of LegS | LegS nearly, and a diagonal is enough | a kernel in two lines, any length | mix channels inside, irregular times | choose by content |
+# | state; work of a step | $HN$; $HN$ | $HN$; $HN$ | $HN$; $HN$ | $N$; $HN$ | $HN$; $HN + H^2$ |
+# | what it can | LegS itself | do without its matrix | a kernel in two lines | mix inside, irregular times | choose by content |
 # | Long Range Arena | 86 | 81.9 | 85 | 87.4 | not reported |
 #
-# The costs count the systems alone, without mixers. *Long Range Arena* (Tay and others,
-# 2020) is six tasks of up to 16,384 steps; the row is the average accuracy in percent,
-# as the authors give it: S4 in the notes to its code (80.2 when DSS was published), the
-# others in their papers. The trainings differ, so a point or two say little.
+# The costs leave the mixers out. *Long Range Arena* is six tasks of up to 16,384 steps;
+# the row is the average accuracy in percent, as authors give it: S4 in the notes to its
+# code (80.2 in DSS's paper), the others in their papers. Trainings differ, so a point
+# or two say little.
 #
-# *What stands: S4D is S5 with block-diagonal matrices, and it is Mamba with a frozen
-# gate. Exercise: one channel, one mode, $A = -1$, $B = C = 1$. Which $\Delta$ solves
+# *What stands: S4D is an S5 with block-diagonal matrices, and from real poles a Mamba
+# whose gate is frozen. Exercise: one channel, one mode, $A = -1$, $B = C = 1$. Which $\Delta$ solves
 # sample and hold, as a function of the mark?*
 
 # %% tags=["answer"] jupyter={"source_hidden": true, "outputs_hidden": true}
 # Any that is large at a mark and next to nothing elsewhere, softplus(40 m - 20) say:
 # at a mark e^-20 of the past remains, and any other sample enters by 2e-9 of itself.
 if RUN:
-    u, held = sample_and_hold(np.random.default_rng(0), 4, 128)
+    u, held = sample_and_hold(np.random.default_rng(0), 4)
     dt = jax.nn.softplus(40 * u[..., 1:] - 20)  # (4, 128, 1)
     one = jnp.ones((4, 128, 1))
     _, y = selective_every(-one[:1, 0], one, one, dt, 0 * one[:, :1], u[..., :1])
