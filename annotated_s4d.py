@@ -2279,18 +2279,18 @@ def memory_of_a_delay(width=16, log2_dt=-9):
 # range fits the task: at $\Delta = 2^{-9}$ its modes have 0, 1, 2, ... full turns in
 # 1,024 steps, a Fourier series. At twice that $\Delta$ all of them repeat after 512
 # steps, so that a bump at 512 demands another at 0, and the fit fails. The frequencies
-# of `legs` and `inv` do not soon repeat together; of the errors that double precision
-# reaches, their worst ones are the smallest (exact weights would often do better).
-# `inv2` has no slow modes. It is the best of all at the two smallest $\Delta$, which
-# slow its modes down, and useless at the two largest. `quad` has only few slow modes.
-# The modes of `rand`, $e^{\mathcal N(0,1)}$, lie around one radian per second, slow and
-# much alike. Weights that make a narrow bump of them exist. But they are enormous and
-# cancel each other: double precision does not find them, and a layer in float32 could
-# not hold them (Part 13 finds them, with 300 digits). And `real` fails at all four,
-# whatever the weights. Its poles are the slower half of LegS's own, so a sum of its
-# modes is $e^{-t}$ times a polynomial in $e^{-t}$, of degree 31. In a basis that loses
-# no digits, Legendre's once more, least squares finds the best of them, and the bump is
-# too narrow and too far back for any:
+# of `legs` and `inv` do not soon repeat together. `inv2` has no slow modes: it is good at
+# the two smallest $\Delta$, which slow its modes down, and useless at the two largest.
+# `quad` has only few slow modes.
+#
+# All this is what double precision can find. The modes of `rand`, $e^{\mathcal N(0,1)}$,
+# lie around one radian per second, slow and much alike. Weights that make a narrow bump of
+# them exist. But they are enormous and cancel each other: double precision does not find
+# them, and a layer in float32 could not hold them (Part 13 finds them, with 300 digits).
+# `real` fails at all four, whatever the weights. Its poles are the slower half of LegS's
+# own, so a sum of its modes is $e^{-t}$ times a polynomial in $e^{-t}$, of degree 31. In a
+# basis that loses no digits, Legendre's once more, least squares finds the best of them,
+# and the bump is too narrow and too far back for any:
 
 # %%
 if RUN:
@@ -4678,7 +4678,8 @@ def delay_against_length():
 # What modes can do and what can be found are two things. With 300 digits the modes of
 # `rand` make a better bump than those of `legs`, at 512 and at 1,024 steps. In double
 # precision they leave several times as much: they are so alike that only enormous weights
-# tell them apart. `real` is too smooth with any digits, and `quad` has too few slow modes.
+# tell them apart. From 1,024 steps on `real` is too smooth with any digits, and `quad`
+# has too few slow modes.
 #
 # From 1,024 steps on the trained error has the lower mean for every start (for `lin` at
 # 1,024 steps inside the noise), and the order of the means is the same before as after:
@@ -5303,6 +5304,7 @@ def learned_steps(seed=0):
 
 # %%
 if RUN:
+    A, B, C = half_oscillator()
     lost = np.random.default_rng(0).permutation(np.arange(1, STEPS))[: STEPS // 2]
     times = np.delete(np.arange(STEPS) * DT, lost)  # seconds, (100,)
     u = force(times)
