@@ -4897,27 +4897,33 @@ if RUN:
 
 
 # %% [markdown]
-# One question is left open above: do the parameters of the memory need the smaller rate,
-# and no weight decay? The same small classifiers once more, four recipes with three seeds
-# each, by `python tests/measure/rates.py`, recorded in `assets/rates.json`:
+# One question is left open by the ablations. Part 11 gives the parameters of the memory a
+# smaller rate, and no weight decay, as the authors do. Is that needed? The small classifier
+# on 64 pixels once more, with today's biases, by `python tests/measure/rates.py`, recorded
+# in `assets/rates.json`:
 
 # %%
 if RUN:
-    for task, pixels in (("digits", 64), ("small", 196)):
-        for name, recipe in measurements("rates").get(task, {}).items():
-            line = "{} pixels, {:16s} {:.1%} ± {:.1%}"
-            print(line.format(pixels, name, recipe["mean"], recipe["spread"]))
+    recipes = measurements("rates").get("digits", {})
+    for name, recipe in recipes.items():
+        same = not told_apart(recipe["runs"], recipes["as it is"]["runs"])
+        verdict = "   inside the noise" if same and name != "as it is" else ""
+        print("{:16s} {mean:.1%} ± {spread:.1%}".format(name, **recipe) + verdict)
 
 
 # %% [markdown]
-# RATES_TEXT
+# We expected the smaller rate to help. After these ten epochs it costs two points: one
+# rate for all is better, and told apart. Decay is inside the noise. So the careful recipe
+# is not what this task asks for; whether longer trainings or sequences ask for it was not
+# measured. Now the list, from what this page has measured:
 #
 # | choice | take | what was measured |
 # |:-------|:-----|:------------------|
 # | start | `legs`, `inv` or `lin` | `quad`, `rand` and `real` fall behind on 64 pixels, `real` and `quad` on all lengths |
 # | $\Delta$ | log-uniform, $2/T$ to $2/\tau$ | ten times too short does great harm; ten times too long, none at these lengths |
 # | $N$ | 32 to 64; for sharp details in a long past, the line above | 32 modes are too few for a bump of 16 steps in 4,096 |
-# | rates | RATES_ROW |
+# | rates | one for all; a smaller one for $A$, $B$, $\Delta$ if training is not stable | one rate is better by two points, after ten epochs |
+# | decay | as you like | inside the noise |
 # | rule | zero-order hold | bilinear is inside the noise; but held input is exact by ZOH, and a real pole keeps its sign (Part 5) |
 # | precision | float32 | all views agree to $10^{-5}$ of the largest output (Closing) |
 # | storage of $\Re A$ | the logarithm | no form is told apart from it |

@@ -445,6 +445,20 @@ def test_starts_and_ablations_are_as_the_words_say():
         assert 0 < gain["dt * 10"] < 0.02
 
 
+def test_rates_are_as_the_words_say():
+    recipes = json.loads((ROOT / "assets" / "rates.json").read_text())["digits"]
+    test = {k: np.array([run["test"] for run in r["runs"]]) for k, r in recipes.items()}
+    assert all(len(values) == 3 for values in test.values())
+    for name, values in test.items():
+        assert recipes[name]["mean"] == pytest.approx(values.mean())
+        assert recipes[name]["spread"] == pytest.approx(values.std(ddof=1))
+    base = test.pop("as it is")
+    told = {name for name, values in test.items() if apart(values, base)}
+    assert told == {"one rate", "one rate, decay"}
+    assert "it costs two points" in WORDS and "Decay is inside the noise" in WORDS
+    assert test["one rate"].mean() - base.mean() == pytest.approx(0.02, abs=0.005)
+
+
 def test_another_resolution_is_as_the_words_say():
     for name in ("legs", "lin"):
         whole, wrong, right = (
