@@ -452,6 +452,7 @@ def test_rates_are_as_the_words_say():
     for name, values in test.items():
         assert recipes[name]["mean"] == pytest.approx(values.mean())
         assert recipes[name]["spread"] == pytest.approx(values.std(ddof=1))
+        assert "| {mean:.1%} ± {spread:.1%} |".format(**recipes[name]) in PAGE
     base = test.pop("as it is")
     told = {name for name, values in test.items() if apart(values, base)}
     assert told == {"one rate", "one rate, decay"}
