@@ -209,12 +209,17 @@ def hero():
 # | 8, 9, 10 Layer, block, model | a neural network |
 # | 11 Training | handwritten digits, read one pixel at a time |
 # | 12 Streaming and generating | the same model, pixel by pixel; half digits, completed |
-# | 13 The evidence | which choices matter, measured |
-# | Closing | all views agree; where we deviate from the papers; exercises |
+# | 13 The evidence | which choices matter, measured; what to use |
+# | 14 Where it went | S5 and Mamba, each a small change to what stands |
+# | Closing | all views agree; where we deviate from the papers; the page in ten lines |
 # | Appendix A | all options of the layer; a backbone; weights from elsewhere |
 # | Appendix B | what S4D left out: DSS and S4 |
 # | Appendix C | sequences that do not fit, and several devices |
 #
+# What goes deeper stands in sections with a star (★), folded on the web page: the path
+# does without them. Each part ends with an exercise, its answer folded below it.
+
+# %% [markdown]
 # ### How to read the code
 #
 # The mathematics is [JAX](https://docs.jax.dev), the modules are
@@ -234,6 +239,15 @@ def hero():
 # `if RUN:`, so that an import of this file computes nothing.
 
 # %% tags=["hide"] jupyter={"source_hidden": true}
+def require_number(name, value, fits, allowed):
+    """Refuse what is no real number, NaN, or does not fit; return it as a float."""
+    real = "integral", "real floating"
+    number = np.ndim(value) == 0 and jnp.isdtype(np.asarray(value).dtype, real)
+    fits = number and fits(float(value))
+    require(fits, f"{name} is {value!r}", f"{allowed}, a number")
+    return float(value)
+
+
 def broadcasting(f):
     """Let shapes and types broadcast inside f as NumPy's do, in strict modes too."""
 
@@ -269,6 +283,13 @@ def compiled(f):
 # | $\bar A, \bar B$ | `A_bar`, `B_bar` | as `A`, `B` | the same system, from sample to sample |
 # | $K$ | `K` | `(..., L)` | the convolution kernel |
 # | $N, H, L$ | `N`, `H`, `L` | | size of the state, number of channels, length |
+#
+# Counters are $k$ (the sample), $l$ (the age of an input, in samples) and $n$ (the mode).
+# A raised star is a conjugate, $C_n^*$, of a matrix the conjugate transpose, $V^*$; a star
+# between two sequences is their convolution, $K * u$, and $\circledast$ the one on a circle.
+# A bar means "from sample to sample". $\Re$ and $\Im$ are real and imaginary part. Letters
+# that are not in this table, such as $s$, $w$ and $z$, hold for one section, which says
+# what they are.
 #
 # *The page now builds everything in that picture, starting with a spring.*
 
@@ -432,8 +453,8 @@ if RUN:
 # = \begin{pmatrix} \bar A & \bar B \\ 0 & 1 \end{pmatrix}.
 # $$
 #
-# Beside it we put the **bilinear** rule, which the first S4 paper used. It never
-# exponentiates. It lets the slope over an interval be the mean of the slopes at its two
+# Beside it we put the **bilinear** rule, which the first S4 paper used, because it never
+# exponentiates: a linear solve is all that it needs. It lets the slope over an interval be the mean of the slopes at its two
 # ends, $x_{k} - x_{k-1} = \tfrac{\Delta}{2} A (x_{k} + x_{k-1}) + \Delta B u_k$, and
 # solves for $x_{k}$:
 #
@@ -441,6 +462,10 @@ if RUN:
 # \bar A = \big(I - \tfrac{\Delta}{2} A\big)^{-1} \big(I + \tfrac{\Delta}{2} A\big), \qquad
 # \bar B = \big(I - \tfrac{\Delta}{2} A\big)^{-1} \Delta B .
 # $$
+#
+# The price is an error at every sample. And where a single number $A = -a$ fades so fast
+# that $\Delta a > 2$, its $\bar A = (1 - \Delta a / 2) / (1 + \Delta a / 2)$ is negative: what
+# should fade changes its sign from step to step.
 
 # %%
 METHODS = ("zoh", "bilinear")
@@ -653,6 +678,39 @@ def oscillator_kernel(damping=2.0, spring=40.0):
 
 
 # %% [markdown]
+# Now stop at one sample $k$, and go there on both ways. The convolution asks every
+# copy that has been set off by then how high it is at $k$, and adds up the answers. The
+# loop knows nothing of copies: it has carried two numbers, position and velocity, from
+# sample to sample, and reads off the position.
+
+# %%
+@figure(k=(0, 199))
+def loop_and_convolution(k=117):
+    """Two ways to one number. Each thin line adds the copies of the kernel that four
+    more samples set off; at sample k (dots) they have piled up to the output (left).
+    The loop has moved the state there, along the trail (right)."""
+    A, B, C = oscillator()
+    A_bar, B_bar = map(np.asarray, ssm_discretize(A, B, DT))
+    K = np.asarray(ssm_kernel(A_bar, B_bar, C, STEPS))
+    t = np.arange(k + 1) * DT
+    x = loop(A_bar, B_bar, np.eye(2), force(t))  # C = I: all of the state, (k + 1, 2)
+    fig, (left, right) = canvas(1, 2, 3.2, sharey=True, width_ratios=[2, 1])
+    for last in (*range(k % 4, k, 4), k):
+        y = direct_conv(force(t) * (t <= t[last]), K)  # the copies set off until then
+        left.plot(t[last:], y[last:], color=BLUE, lw=0.8)
+        left.plot(t[k], y[k], ".", color=BLUE)
+    left.plot(t, y, color=INK)
+    right.plot(x[:, 1], x[:, 0], color=ORANGE, lw=1.2)
+    right.plot(x[k, 1], x[k, 0], "o", color=ORANGE)
+    for ax in (left, right):
+        ax.axhline(y[k], color=INK, lw=1, ls=":")
+    left.set(title=f"convolution: {y[k]:.5f}", xlabel="time (s)", xlim=(0, 8))
+    left.set(ylabel="position (m)", ylim=(-0.6, 0.6), xticks=range(8))
+    right.set(title=f"loop: {C @ x[k]:.5f}", xlabel="velocity (m/s)", xlim=(-3, 3))
+    return fig
+
+
+# %% [markdown]
 # *What stands: one system, run in two ways. Training will use the convolution, because
 # it is parallel. A stream will use the recurrence, because a step is cheap. But the
 # kernel still comes from the slow recurrence: $L$ products with a matrix. Exercise:
@@ -674,7 +732,8 @@ def oscillator_kernel(damping=2.0, spring=40.0):
 # each, which do not talk to each other:
 # $\tilde x_n' = \lambda_n \tilde x_n + \tilde B_n u$. A step costs $N$ multiplications
 # instead of $N^2$.
-#
+
+# %% [markdown]
 # ### Why complex numbers
 #
 # The eigenvalues of our spring are $-1 \pm 6.24\,i$, as the next cell prints. A spring
@@ -687,7 +746,8 @@ def oscillator_kernel(damping=2.0, spring=40.0):
 #
 # $-\Re(\lambda)$ is how fast it fades, and must not be negative if the memory is to
 # stay bounded; $\Im(\lambda)$ is how fast it turns, in radians per second. Engineers
-# call the eigenvalues *poles*, for a reason that Part 7 shows, and so will we.
+# call the eigenvalues *poles*, for a reason that the end of this part shows, and so will
+# we. A system of one number, with its pole, is a **mode**.
 
 # %%
 if RUN:
@@ -718,9 +778,11 @@ if RUN:
 #
 # So we keep one of each pair, $N/2$ complex numbers, and write $2\,\Re$ at the end.
 # That saves half of the work and of the parameters, and the output is real whatever is
-# learned. A real pole has no partner. Kept in the same form it counts twice, a factor
-# that its $C$ absorbs.
-#
+# learned. Which of the two is kept is a convention: conjugate $A$, $B$ and $C$ together,
+# and no output changes. A real pole has no partner. Kept in the same form it counts twice,
+# a factor that its $C$ absorbs.
+
+# %% [markdown]
 # ### S4D in one sentence
 #
 # **S4D is a linear system whose matrix is diagonal to begin with.** Nothing is
@@ -736,7 +798,8 @@ if RUN:
 # $$
 #
 # From here on `A`, `B`, `C` hold one of each conjugate pair.
-#
+
+# %% [markdown]
 # ### A subtraction that loses its digits
 #
 # Look at $\varphi$ for a small $z$. A slow mode on a fine grid, $A = -\tfrac12$ and
@@ -797,6 +860,40 @@ def s4d_discretize(A, B, dt, method="zoh"):
 
 
 # %% [markdown]
+# Where do the two rules take a pole? Both take the left half-plane, where modes fade,
+# into the unit circle, where powers fade: neither can make a stable system unstable.
+# But zero-order hold turns by the true angle, full turns included, so that fast poles
+# come round to meet slow ones. The bilinear rule squeezes all frequencies into one
+# turn, and bends them to do so. Watch the real pole, $A = -8$. Held, it fades, whatever
+# $\Delta$. The bilinear rule makes it $(1 - 4\Delta)/(1 + 4\Delta)$, which is negative
+# as soon as $\Delta |A| > 2$: a mode that could only fade now changes its sign at every
+# step.
+
+# %%
+@figure(dt=(0.02, 0.6))
+def two_rules(dt=0.4):
+    """Poles (left) and where zero-order hold (middle) and the bilinear rule (right)
+    take them, into the unit circle. The cross is the real pole -8, its new place above:
+    under the bilinear rule a large step makes it negative."""
+    A = np.add.outer([-0.25, -1.0, -2.5, -8.0], 1j * np.linspace(-8, 8, 41))
+    rim = np.exp(2j * np.pi * np.arange(101) / 100)
+    fig, axes = canvas(1, 3, 2.9)
+    axes[0].axvline(0, color=INK, lw=0.8)
+    axes[0].set(xlim=(-9, 1), ylim=(-9, 9), title="cross: -8", xticks=[-8, -4, 0])
+    axes[0].set(xlabel="$\\Re A$", ylabel="$\\Im A$")
+    places = [A] + [s4d_discretize(A, A, dt, method)[0] for method in METHODS]
+    for ax, place in zip(axes, places):
+        ax.plot(place.real.T, place.imag.T, ".-", lw=0.8, ms=4)
+        ax.plot(place[3, 20].real, place[3, 20].imag, "x", color=INK, ms=9)
+    for ax, place, name in zip(axes[1:], places[1:], ("held", "bilinear")):
+        ax.plot(rim.real, rim.imag, color=INK, lw=0.8)
+        ax.set(aspect="equal", xlim=(-1.1, 1.1), ylim=(-1.1, 1.1))
+        ax.set(xticks=[-1, 0, 1], yticks=[-1, 0, 1])
+        ax.set(title=f"{name}: {place[3, 20].real:.2f}")
+    return fig
+
+
+# %% [markdown]
 # ### The kernel in two lines
 #
 # Now the kernel. Powers of a diagonal matrix are powers of its entries, so
@@ -827,6 +924,33 @@ def vandermonde_kernel(A, B, C, dt, L, method="zoh"):
     A_bar, B_bar = s4d_discretize(A, B, dt, method)
     V = A_bar[..., None] ** jnp.arange(L)  # (..., N/2, L)
     return 2 * jnp.einsum("...n,...nl->...l", C * B_bar, V).real
+
+
+# %% [markdown]
+# Look at such a matrix. Here are four poles chosen by hand, the second one near the
+# spring's. Each row of the matrix turns and fades by itself. Its weight, a complex
+# number, says how much of it goes into the kernel, and from which angle it starts.
+
+# %%
+@figure(modes=(1, 4), seed=(0, 9))
+def rows_and_sum(modes=4, seed=2):
+    """The rows of a Vandermonde matrix, their real parts, one above the other (left).
+    The first of them, each by a random weight (thin), and their sum, which is the
+    kernel (grey, right)."""
+    A = np.array([-0.5 + 2j, -1 + 6j, -0.4 + 10j, -2.0])
+    C = np.random.default_rng(seed).normal(size=(2, 4)).T @ [1, 1j]
+    rows = np.exp(DT * np.outer(A, np.arange(100)))  # (4, 100)
+    B = np.ones((4, 1))  # four systems of one mode each
+    kernels = vandermonde_kernel(A[:, None], B, C[:, None], DT, 100)[:modes]
+    fig, (left, right) = canvas(1, 2, 3.0)
+    for n, row in enumerate(rows):
+        left.plot(row.real - 2.2 * n, lw=1.8 if n < modes else 0.5)
+    right.plot(kernels.sum(0), color=INK, lw=3)
+    for K in kernels:
+        right.plot(K, lw=1)
+    left.set(ylim=(-7.8, 1.2), yticks=[], title="rows", xlabel="column $l$")
+    right.set(ylim=(-0.4, 0.4), title="weighted rows and their sum", xlabel="step $l$")
+    return fig
 
 
 # %% [markdown]
@@ -935,7 +1059,8 @@ def one_mode(decay=1.0, frequency=6.24):
 # frequency comes through. At $\omega = \Im A_n$ the term of pole $n$ is largest, of
 # size $|C_n B_n| / |\Re A_n|$. Halve the pole's distance to the imaginary axis, and its
 # peak becomes twice as high and half as wide: a mode that rings for long answers
-# strongly, and is choosy about what sets it off.
+# strongly, and is choosy about what sets it off. Over the complex plane such a term
+# stands like a tent on its pole, infinite at $A_n$ itself: hence the name.
 
 # %%
 def responses(poles, weights, dt, u):
@@ -1127,6 +1252,35 @@ def causal_conv(u, K):
 
 
 # %% [markdown]
+# See the mark at work on the spring. Without a turn, at 0 degrees, the tail lies on the
+# head and cannot be told from it. As the turn over the sequence grows to 90 degrees,
+# the tail leaves the real part with the cosine of that angle, and enters the imaginary
+# part with its sine.
+
+# %%
+@figure(degrees=(0, 90))
+def marked_tail(degrees=90):
+    """The spring, cut after 140 samples, convolved on a circle with a twist of so many
+    degrees. At 0 the real part is wrong, at 90 it lies on the answer, and the imaginary
+    part is the tail that would have followed."""
+    A, B, C = half_oscillator()
+    t = np.arange(140) * DT
+    u, K = force(t), np.asarray(vandermonde_kernel(A, B, C, DT, 140))
+    head, tail = np.split(np.append(np.convolve(u, K), 0), 2)
+    w = np.exp(1j * np.radians(degrees) / 140 * np.arange(140))
+    y = w.conj() * np.fft.ifft(np.fft.fft(w * u) * np.fft.fft(w * K))
+    fig, axes = canvas(2, 1, 3.8, sharex=True)
+    rows = (head, y.real, "head", "real part"), (tail, y.imag, "tail", "imaginary part")
+    for ax, (right, ours, name, part), color in zip(axes, rows, (ORANGE, GREEN)):
+        ax.plot(t, right, color=BLUE, lw=4, alpha=0.4, label=f"{name}, by definition")
+        ax.plot(t, ours, color=color, label=part)
+        ax.set(xlim=(0, 5.6), ylim=(-0.8, 0.8), ylabel="position (m)")
+        ax.legend(loc="upper center", ncols=2)
+    axes[1].set(xlabel="time (s)")
+    return fig
+
+
+# %% [markdown]
 # All three on the spring, cut after 140 samples while the mass still swings. The last
 # line compares their speed where it counts, on a batch of 16 sequences with 64 channels
 # and 1,024 samples.
@@ -1160,7 +1314,37 @@ if RUN:
 # \bar A_n^{\,gb + j} = \bar A_n^{\,gb} \cdot \bar A_n^{\,j} ,
 # $$
 #
-# and two lists of $\sqrt L$ powers give all $L$. What remains is a sum over the modes
+# and two lists of $\sqrt L$ powers give all $L$.
+
+# %% [markdown]
+# Here is such a clock for the spring's pole, with 64 steps in the second, in which it
+# turns almost once: eight hours of eight minutes. A product of complex numbers adds
+# their angles and multiplies their lengths, so the minute hand goes on where the hour
+# hand stands. Sixteen entries point at 64 powers.
+
+# %%
+@figure(l=(0, 63))
+def two_tables_as_a_clock(l=29):
+    """The power of a pole from two tables: eight powers that are multiples of 8 (left),
+    the eight smallest (middle), and the product of one of each (right), which runs
+    through all 64."""
+    z = np.asarray(half_oscillator()[0][0]) / 64  # the pole in one step
+    tables = 8 * np.arange(8), np.arange(8), np.arange(64)
+    names = "hour hand", "minute hand", "both"
+    fig, axes = canvas(1, 3, 2.9)
+    for ax, name, k, now in zip(axes, names, tables, (l - l % 8, l % 8, l)):
+        points = np.exp(z * k)
+        hand = np.exp(z * now)
+        ax.plot(points.real, points.imag, "o", color=BLUE, ms=4)
+        ax.plot([0, hand.real], [0, hand.imag], color=ORANGE)
+        ax.plot(hand.real, hand.imag, "o", color=ORANGE, ms=7)
+        ax.set(aspect="equal", xlim=(-1.1, 1.1), ylim=(-1.1, 1.1))
+        ax.set(xticks=[-1, 0, 1], yticks=[-1, 0, 1], title=f"{name}: power {now}")
+    return fig
+
+
+# %% [markdown]
+# What remains is a sum over the modes
 # of products of an entry for $g$ with an entry for $j$, which is a matrix product:
 #
 # $$
@@ -1173,8 +1357,9 @@ if RUN:
 # Of $N L/2$ powers, $N \sqrt L$ are left. The rest is multiplications and additions,
 # arranged in the way that processors are built for. Stack real above imaginary parts,
 # and it is one real matrix product per channel. In the code $W_n = C_n \bar B_n$ are
-# the weights of the modes, and `pole_powers(A, dt, k)`, which the next section writes,
-# is $\bar A^k$ for a list of exponents.
+# the weights of the modes, and `pole_powers(A, dt, k)` is $\bar A^k = e^{k \Delta A}$ for
+# a list of exponents, `exp(dt * A * k)` in one line. (The starred section after this
+# one writes it so that no digits are lost.)
 
 # %%
 import math
@@ -1216,13 +1401,13 @@ def s4d_kernel(A, B, C, dt, L, method="zoh"):
 
 
 # %% [markdown]
-# ### Powers that stay exact
+# ### ★ Powers that stay exact
 #
-# One line would do for `pole_powers`, `exp(dt * A * k)`, and it has two faults. It is
-# slow: a sine that must be right for every angle cannot be short. And it is inexact. A
-# fast mode turns through thousands of radians over a long sequence, and of an angle
-# near 4,096 the last bit that float32 keeps is worth $2^{-11}$, half a thousandth of a
-# radian.
+# Here $\bar A^k$ is computed to the last digit for every $k$, and in less time. The one
+# line `exp(dt * A * k)` has two faults. It is slow: a library's sine must take any
+# angle, however large, and that is work. And it is inexact. A fast mode turns through
+# thousands of radians over a long sequence, and of an angle near 4,096 the last bit
+# that float32 keeps is worth $2^{-11}$, half a thousandth of a radian.
 #
 # Both have one cause: we count full turns that nobody needs. Ask a clock again. After
 # twelve hours its hand starts anew, and no precision is lost over the years. We give
@@ -1312,16 +1497,14 @@ def circle(turns):
 
 
 # %% [markdown]
-# Does it agree? On the spring, and then where it is hard: 32 modes that turn up to
-# 1,280 radians per second, over 4,096 steps of a millisecond, against double precision.
-# Beside it the Vandermonde kernel, whose powers begin from a rounded $\bar A$, and the
-# one line `exp(dt * A * k)`, whose large angles are rounded. And is the circle faster
-# than the library's sine and cosine?
+# Does it agree where it is hard? We take 32 modes that turn up to 1,280 radians per
+# second, over 4,096 steps of a millisecond, against double precision. Beside it stand the
+# Vandermonde kernel, whose powers begin from a rounded $\bar A$, and the one line
+# `exp(dt * A * k)`, whose large angles are rounded. And is the circle faster than the
+# library's sine and cosine?
 
 # %%
 if RUN:
-    K = vandermonde_kernel(A, B, C, DT, STEPS)
-    agree("fast kernel", s4d_kernel(A, B, C, DT, STEPS), "Vandermonde", K)
     fast = np.complex64(-0.5 + 40j * np.arange(1, 33))
     ones = np.ones(32)
     z, dt = fast.astype(complex), np.float32(1e-3)
@@ -1340,43 +1523,20 @@ if RUN:
 
 
 # %% [markdown]
-# ### What rounding does to the recurrence
+# ### The fast kernel on the spring
 #
-# The same care pays in the recurrence. A slow mode on a fine grid has a pole such as
-# $\bar A = 0.99995$. Its distance from 1 is what makes its memory long, and float32,
-# whose numbers lie $2^{-24}$ apart there, knows that distance to one part in a
-# thousand. The convolution above does not share the error, because it never rounds
-# $\bar A$. So the two views drift apart over a long sequence.
-#
-# The cure is to keep what rounding cut off. Compute $\bar A$ in double precision, round
-# it, and keep the difference: $\bar A$ and `A_rest` together hold twice the digits. The
-# step is $x \leftarrow \bar A x + (A_{\text{rest}}\,x + \bar B u)$.
-
-# %%
-@compiled
-def pole_rest(A, dt, A_bar, method="zoh"):
-    """Return what rounding cut off A_bar (..., N/2). A constant to the gradient."""
-    A, dt, A_bar = jax.lax.stop_gradient((A, jnp.asarray(dt), A_bar))
-    with jax.enable_x64(True):
-        return (jnp.exp(log_poles(A, dt, method)) - A_bar).astype(A_bar.dtype)
-
-
-# %% [markdown]
-# Sixteen slow modes, 65,536 steps of a tenth of a millisecond, random input:
+# It must give what the definition gave. The second line compares their times for 64
+# channels with 32 modes each and 1,024 steps.
 
 # %%
 if RUN:
-    slow = jnp.asarray(-0.5 + 1j * np.pi * np.arange(16))
-    ones = jnp.ones(16) + 0j
-    dt = jnp.float32(1e-4)
-    noise = jax.random.normal(jax.random.key(0), (65536,))
-    y_conv = causal_conv(noise, s4d_kernel(slow, ones, ones, dt, 65536))
-    slow_bar, ones_bar = s4d_discretize(slow, ones, dt)
-    rounded, _ = s4d_recurrence(slow_bar, ones_bar, ones, noise)
-    agree("recurrence, rounded", rounded, "convolution", y_conv, 1e-3)
-    rest = pole_rest(slow, dt, slow_bar)
-    kept, _ = s4d_recurrence(slow_bar, ones_bar, ones, noise, A_rest=rest)
-    agree("recurrence, with the rest", kept, "convolution", y_conv)
+    K = vandermonde_kernel(A, B, C, DT, STEPS)
+    agree("fast kernel", s4d_kernel(A, B, C, DT, STEPS), "Vandermonde", K)
+    poles = jnp.tile(-0.5 + 1j * jnp.pi * jnp.arange(32), (64, 1))
+    many = poles, jnp.ones_like(poles), jnp.ones_like(poles), jnp.full(64, 0.01)
+    both = vandermonde_kernel, s4d_kernel
+    times = [best_time(functools.partial(kernel, L=1024), *many) for kernel in both]
+    print(f"time of the definition by that of the tables: {times[0] / times[1]:.0f}")
 
 
 # %% [markdown]
@@ -1385,7 +1545,7 @@ if RUN:
 # The convolution gives the outputs and no state. Sometimes one wants the states at all
 # times: to look inside, or to go on from any of them. The recurrence gives them one
 # after the other. A *parallel scan*, which is how S5 (Smith, Warrington and Linderman,
-# 2022) trains, needs only $\log_2 L$ rounds.
+# 2022) trains, needs only some $2 \log_2 L$ rounds.
 #
 # The trick is to see a step $x \mapsto a\,x + v$ as a thing of its own, a pair
 # $(a, v)$. First $(a_1, v_1)$ and then $(a_2, v_2)$ is again such a step:
@@ -1446,49 +1606,59 @@ if RUN:
 
 
 # %% [markdown]
-# ### Samples at irregular times
+# ### ★ What rounding does to the recurrence
 #
-# A sensor loses samples, a nurse measures when there is time. Then each sample $u_k$
-# has its own time $\Delta_k$ until the next one comes. No grid is needed: hold $u_k$ for
-# as long as it lasts,
+# In float32 a long recurrence drifts away from the convolution, and one more number for
+# each mode, `A_rest`, holds them together. A slow mode on a fine grid has a pole such as
+# $\bar A = 0.99995$. Its distance from 1 is what makes its memory long, and float32,
+# whose numbers lie $2^{-24}$ apart there, knows that distance to one part in a
+# thousand. The convolution above does not share the error, because it never rounds
+# $\bar A$. So the two views drift apart over a long sequence.
 #
-# $$
-# \bar A_k = e^{\Delta_k A}, \qquad
-# \bar B_k = \Delta_k\,\varphi(\Delta_k A)\,B, \qquad
-# x_k = \bar A_k\,x_{k-1} + \bar B_k\,u_k .
-# $$
-#
-# The step is still exact for the held input. But it is another one each time, so there
-# is no kernel any more: the blow from ten samples ago has aged by a different time at
-# every $k$. The convolution is lost. The recurrence and the scan remain, as neither
-# asks that its steps be equal. For them `timed=True` gives $\bar A$ and $\bar B$ an axis
-# of time in front of the modes.
-#
-# Our sensor loses half of the 200 samples of the force, at random. SciPy integrates the
-# force as it was held. The last line forgets the gaps: it takes the same samples, one
-# every two intervals.
+# The cure is to keep what rounding cut off. Compute $\bar A$ in double precision, round
+# it, and keep the difference: $\bar A$ and `A_rest` together hold twice the digits. The
+# step is $x \leftarrow \bar A x + (A_{\text{rest}}\,x + \bar B u)$.
+
+# %%
+@compiled
+def pole_rest(A, dt, A_bar, method="zoh"):
+    """Return what rounding cut off A_bar (..., N/2). A constant to the gradient."""
+    A, dt, A_bar = jax.lax.stop_gradient((A, jnp.asarray(dt), A_bar))
+    with jax.enable_x64(True):
+        return (jnp.exp(log_poles(A, dt, method)) - A_bar).astype(A_bar.dtype)
+
+
+# %% [markdown]
+# Sixteen slow modes, 65,536 steps of a tenth of a millisecond, random input:
 
 # %%
 if RUN:
-    lost = np.random.default_rng(0).permutation(np.arange(1, STEPS))[: STEPS // 2]
-    times = np.delete(np.arange(STEPS) * DT, lost)  # seconds, (100,)
-    u = force(times)
-    gaps = np.diff(times, append=STEPS * DT)
-    held = simulate(
-        *oscillator(), lambda s: u[np.searchsorted(times, s, "right") - 1], times + gaps
-    )
-    timed = s4d_discretize(A[..., None, :], B[..., None, :], gaps)  # each (100, 1)
-    y, _ = s4d_recurrence(*timed, C, u, timed=True)
-    agree("recurrence at irregular times", y, "ODE solver", held)
-    y_scan, _ = s4d_scan(*timed, C, u, timed=True)
-    agree("scan at irregular times", y_scan, "recurrence", y)
-    y, _ = s4d_recurrence(*s4d_discretize(A, B, 2 * DT), C, u)
-    wrong = np.abs(y - held).max() / np.abs(held).max()
-    print(f"error with equal gaps: {wrong:.0%} of the largest output")
+    slow = jnp.asarray(-0.5 + 1j * np.pi * np.arange(16))
+    ones = jnp.ones(16) + 0j
+    dt = jnp.float32(1e-4)
+    noise = jax.random.normal(jax.random.key(0), (65536,))
+    y_conv = causal_conv(noise, s4d_kernel(slow, ones, ones, dt, 65536))
+    slow_bar, ones_bar = s4d_discretize(slow, ones, dt)
+    rounded, _ = s4d_recurrence(slow_bar, ones_bar, ones, noise)
+    agree("recurrence, rounded", rounded, "convolution", y_conv, 1e-3)
+    rest = pole_rest(slow, dt, slow_bar)
+    kept, _ = s4d_recurrence(slow_bar, ones_bar, ones, noise, A_rest=rest)
+    agree("recurrence, with the rest", kept, "convolution", y_conv)
 
 
 # %% [markdown]
 # ### What it costs
+#
+# For one channel, in orders of magnitude; the last column says how many computations
+# must wait for each other.
+#
+# | | work | memory | in a row |
+# |:--|:-----|:-------|:---------|
+# | kernel, by definition | $N L$ powers | $N L$ | 1 |
+# | kernel, by two tables | $N \sqrt L$ powers, $N L$ multiplications | $N \sqrt L + L$ | 1 |
+# | output, by FFT | $L \log L$ | $L$ | $\log L$ |
+# | output, by parallel scan | $N L$ | $N L$ | $\log L$ |
+# | output, by recurrence | $N L$ | $N + L$ | $L$ |
 #
 # The picture shows the fastest of several calls on the machine that drew it, for 32
 # channels. Both axes are logarithmic. On a processor of few cores the parallel scan
@@ -1550,10 +1720,12 @@ def cost_against_length(N=64):
 # the real axis are the obvious thought, and a poor one: their modes can only fade.
 # Poles at random frequencies can swing, but nothing says that they will cover what is
 # needed.
-#
+
+# %% [markdown]
 # ### A memory made of polynomials
 #
-# HiPPO (Gu, Dao, Ermon, Rudra and Ré, 2020) asked it the other way round. *Suppose the
+# HiPPO, for *high-order polynomial projection operators* (Gu, Dao, Ermon, Rudra and Ré,
+# 2020), asked it the other way round. *Suppose the
 # state should be the best possible summary of the whole past. What must $A$ and $B$
 # be?*
 #
@@ -1571,7 +1743,7 @@ def cost_against_length(N=64):
 #
 # (The root makes the polynomials of unit length.) Now the question is which system has
 # these $N$ kernels, $e^{aA}B = (K_0(a), K_1(a), \dots)$. HiPPO's answer is called
-# **LegS**:
+# **LegS**, the *scaled Legendre* memory:
 #
 # $$
 # A_{nk} = -\begin{cases} \sqrt{(2n+1)(2k+1)} & n > k \\ n + 1 & n = k \\ 0 & n < k \end{cases},
@@ -1602,6 +1774,43 @@ if RUN:
         agree(f"exp({age} A) B", kernels, "Legendre", B_legs * np.exp(-age) * P, 1e-12)
     condition = np.linalg.cond(np.linalg.eig(A_legs)[1])
     print(f"condition of the eigenvectors of LegS, N = 16: {condition:.0e}")
+
+
+# %% [markdown]
+# So the state of LegS is a picture of the past, and can be developed. Let it listen to
+# the force of Part 1 until some moment. Its $N$ numbers are then the components of what
+# it has heard, and $\sum_n x_n \sqrt{2n+1}\,P_n(2e^{-a} - 1)$ is what it believes of
+# the force $a$ seconds ago. As HiPPO sees it, all of the past is one interval, most of
+# which belongs to the last seconds; what is old must share what is left.
+
+# %%
+@functools.cache
+def legs_states(N):
+    """The states (STEPS, N) of LegS under the force, held, in double precision."""
+    A, B = hippo_legs(N)
+    A_bar, B_bar, *_ = scipy.signal.cont2discrete((A, B[:, None], B, 0), DT)
+    return loop(A_bar, B_bar[:, 0], np.eye(N), force(np.arange(STEPS) * DT))
+
+
+# %%
+@figure(moment=(1.0, 8.0))
+def hippo_memory(moment=5.6):
+    """What 4, 16 and 64 numbers remember (blue) of the force (grey), at a moment
+    (dotted). 4 see almost nothing of it, 16 the shaking, 64 even the old push,
+    blurred."""
+    steps = round(moment / DT)
+    t = np.arange(STEPS) * DT
+    age = t[:steps]
+    fig, axes = canvas(3, 1, 4.6, sharex=True)
+    for ax, N in zip(axes, (4, 16, 64)):
+        P = scipy.special.eval_legendre(np.arange(N), 2 * np.exp(-age)[:, None] - 1)
+        weights = hippo_legs(N)[1] * legs_states(N)[steps - 1]  # sqrt(2n + 1) x_n
+        ax.plot(t, force(t), color=INK, lw=1)
+        ax.plot(moment - age, P @ weights, color=BLUE)
+        ax.axvline(moment, color=INK, lw=1, ls=":")
+        ax.set(xlim=(0, 8), ylim=(-10, 22), ylabel="force (N)", title=f"N = {N}")
+    axes[2].set(xlabel="time (s)")
+    return fig
 
 
 # %% [markdown]
@@ -1692,8 +1901,11 @@ def legs_against_diagonal(N=16, state=1):
 # the memory fits a curve that ends in $u$. A slow sine is fitted by a few polynomials,
 # and the better, the more there are. But a kernel is the response to a blow, and no
 # polynomial fits a blow.
+
+# %% [markdown]
+# ### ★ Another term of rank one
 #
-# So it matters that the dropped term reads $B^\top x$, and not another sum of the states.
+# Is any term of rank one so harmless? It matters that the dropped one reads $B^\top x$, and not another sum of the states.
 # Would another rank-one term do less harm, or more? The term of LegS is $P P^\top$ with
 # the vector $P = B/\sqrt2$. We take other vectors of this length: from the same diagonal
 # system subtract their $P P^\top$, and see how far it moves to drop that. One $P$ has the
@@ -1872,16 +2084,18 @@ def basis_kernels(N=32, log10_dt=-2.0):
 
 
 # %% [markdown]
-# A layer mixes such basis kernels with random weights to begin with. Here is one such
-# kernel in time, and its frequency response. Halving $\Delta$ makes the kernel twice as
+# ### ★ A kernel and its spectrum
+#
+# Here is a kernel as a layer has it at the start, such basis kernels with random weights,
+# in time and in frequency. Halving $\Delta$ makes the kernel twice as
 # long and moves every peak to half the frequency: $\Delta$ chooses the scale, the
 # initialization the pattern on it.
 #
-# The frequency response says what becomes of a turning input, $u_k = z^k$ with
+# In Part 5 the input turned in continuous time. Here it is $u_k = z^k$ with
 # $z = e^{2\pi i f}$, which makes $f$ turns per sample. The convolution multiplies it by
 # $\sum_l K_l z^{-l}$. The part of a mode in that is a geometric series,
-# $\sum_l \bar A_n^{\,l} z^{-l} = z / (z - \bar A_n)$. It is large where $z$ comes close to
-# $\bar A_n$ and infinite there: this is the *pole* that gave the eigenvalues their name.
+# $\sum_l \bar A_n^{\,l} z^{-l} = z / (z - \bar A_n)$, large where $z$ comes close to
+# $\bar A_n$.
 
 # %%
 @figure(init=["legs", "inv", "inv2", "lin", "quad", "rand", "real"],
@@ -1971,12 +2185,12 @@ def memory_of_a_delay(width=16, log2_dt=-9):
 # the smallest worst errors. `inv2` has no slow modes. It is the best of all at the two
 # smallest $\Delta$, which slow its modes down, and useless at the two largest. `quad`
 # has only few slow modes. The modes of `rand`, $e^{\mathcal N(0,1)}$, lie around one
-# radian per second, slow and much alike. Weights that make a narrow bump of them exist,
-# but they are enormous and cancel each other: double precision does not find them, and
-# a layer in float32 could not hold them. And `real` fails at all four, whatever the
-# weights. Its poles are the slower half of LegS's own, so a sum of its modes is a
-# polynomial in $e^{-t}$, of degree 32, and too smooth for a bump so narrow and so far
-# back.
+# radian per second, slow and much alike. Weights that make a narrow bump of them exist.
+# But they are enormous and cancel each other: double precision does not find them, and
+# a layer in float32 could not hold them (Part 13 finds them, with 300 digits). And `real`
+# fails at all four, whatever the weights. Its poles are the slower half of LegS's own, so
+# a sum of its modes is a polynomial in $e^{-t}$, of degree 32, and too smooth for a bump
+# so narrow and so far back.
 #
 # *What stands: seven ways to place the poles, and a reason to prefer some. Exercise:
 # call `memory_of_a_delay` with a narrower bump. At what width does `lin` fail, and why
@@ -2029,8 +2243,9 @@ from flax import nnx
 def check_range(discretization, dt_min, dt_max):
     """Raise ValueError for a rule that is unknown, or no range of dt."""
     require_choice("discretization", discretization, METHODS)
-    fits = 0 < dt_min <= dt_max < math.inf
-    require(fits, f"dt_min is {dt_min}, dt_max {dt_max}", "0 < dt_min <= dt_max")
+    require_number("dt_max", dt_max, lambda v: 0 < v < math.inf, "0 < dt_max < inf")
+    allowed = f"0 < dt_min <= dt_max, {dt_max}"
+    require_number("dt_min", dt_min, lambda v: 0 < v <= dt_max, allowed)
 
 
 def first_poles(init, H, N, key):
@@ -2119,7 +2334,9 @@ def state_after(A, B, dt, x, u, lengths, method="zoh"):
 
 
 # %% [markdown]
-# Stepping is one line of the recurrence, and advancing is the two formulas:
+# Stepping is one line of the recurrence, and advancing is the two formulas.
+# (`pole_rest` is what float32 cut off $\bar A$ in rounding; kept, it lets a step agree
+# with the convolution after any number of steps.)
 
 # %%
 @compiled
@@ -2148,6 +2365,8 @@ def s4d_advance(A, B, C, dt, x, u, lengths, method="zoh"):
 
 
 # %% [markdown]
+# ### ★ The state after every sample
+#
 # To look inside a sequence, or to go on from any place in it, one wants the states at
 # all times. The parallel scan has them. A row that has ended keeps its last state.
 
@@ -2231,9 +2450,9 @@ class Mixer(nnx.Module):
     def __init__(self, d_model, final_act="glu", dropout=0.0, *, d_inner=None,
                  linear=Linear, rngs):
         require_choice("final_act", final_act, tuple(FINAL_ACTS))
-        require(0 <= dropout < 1, f"dropout is {dropout}", "0 <= dropout < 1")
+        require_number("dropout", dropout, lambda v: 0 <= v < 1, "0 <= dropout < 1")
         self.final_act = final_act  # the name: a function could not be pickled
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        self.dropout = nnx.Dropout(float(dropout), rngs=rngs)
         if self.act:
             width = d_model * (2 if final_act == "glu" else 1)
             self.linear = affine(d_inner or d_model, width, rngs, linear)
@@ -2527,7 +2746,7 @@ class S4DBlock(nnx.Module):
         self.norm = make_norm(d_model, rngs)
         sizes = d_model, expand * d_model, self.ssm.linear
         self.ffn = FeedForward(*sizes, rngs=rngs) if expand else None
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        self.dropout = nnx.Dropout(float(dropout), rngs=rngs)
 
     def around(self, u, y):
         """Add the layer's output y to its input u, then the FFN's. (..., H)"""
@@ -2702,6 +2921,39 @@ class S4DModel(nnx.Module):
 
 
 # %% [markdown]
+# All of it on one page, from top to bottom. The wires past the boxes are the residual
+# connections.
+
+# %%
+@figure()
+def block_and_model():
+    """A block (left) and the model, a stack of them (right), from top to bottom, with
+    the shapes of what passes. Only the convolution K * u and the pooling look at more
+    than one sample."""
+    block = ["(batch, L, H)", "LayerNorm", "S4D:  K * u + D u", "GELU, dropout",
+             "linear, GLU", "dropout, +", "LayerNorm", "FFN:  linear, GELU, linear",
+             "dropout, +", "(batch, L, H)"]
+    model = ["(batch, L, inputs)", "encoder", "(batch, L, H)", "first block", "...",
+             "last block", "LayerNorm", "pooling", "(batch, H)", "decoder",
+             "(batch, outputs)"]
+    boxes = [(1, 1), (2, 4), (6, 6), (7, 7)], [(i, i) for i in (1, 3, 5, 6, 7, 9)]
+    fig, axes = canvas(1, 2, 4.8)
+    for ax, words, tall, name in zip(axes, (block, model), boxes, ("block", "model")):
+        for row, word in enumerate(words):
+            ax.text(0, -row - 0.25, word, ha="center", va="bottom")
+            if row:
+                ax.plot([0, 0], [0.36 - row, 0.64 - row], color=INK, lw=1.2)
+        for first, last in tall:
+            low, high = -last - 0.36, -first + 0.36
+            ax.plot([-1, 1, 1, -1, -1], [low, low, high, high, low], BLUE, lw=1.2)
+        ax.set(xlim=(-1.4, 1.4), ylim=(-10.5, 0.5), title=name, xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    for start, end in ((-0.5, -5), (-5.5, -8)):
+        axes[0].plot([0, 1.25, 1.25, 0.45], [start, start, end, end], color=ORANGE)
+    return fig
+
+
+# %% [markdown]
 # The contract holds for the whole model: each answer in a stream is the one for the
 # prefix alone, and padding changes nothing. From the states at all times it can go on
 # from anywhere.
@@ -2751,7 +3003,8 @@ if RUN:
 
 # %% [markdown]
 # ## Part 11: Training
-#
+
+# %% [markdown]
 # ### One step by hand
 #
 # Before an optimizer does it, let us move a parameter ourselves. A pole turns at 5
@@ -2779,6 +3032,46 @@ if RUN:
         print(line.format(frequency[0], loss, gradient[0]))
         frequency = frequency - 8.0 * gradient
 
+
+# %% [markdown]
+# The step worked because it started near. Here is the loss for all frequencies: one
+# valley around 6.24, and plateaus beside it.
+
+# %%
+@compiled
+def descend(start, pole, B, C, u, y):
+    """Take 20 steps of gradient descent. Returns the frequencies and losses, (20,)."""
+
+    def step(frequency, _):
+        loss, slope = jax.value_and_grad(imitation)(frequency, pole, B, C, u, y)
+        return frequency - 8.0 * slope, (frequency, loss)
+
+    return jax.lax.scan(step, start, length=20)[1]
+
+
+# %%
+@figure(start=(3.0, 14.0))
+def valley(start=12.0):
+    """How badly a pole imitates the spring, against its frequency (grey), and twenty
+    steps downhill: from 5 radians per second into the valley (blue), and from another
+    start (orange), which on the plateau stays where it is."""
+    spring = half_oscillator()
+    u = force(np.arange(STEPS) * DT)
+    data = *spring, u, causal_conv(u, s4d_kernel(*spring, DT, STEPS))
+    frequencies = np.linspace(1.0, 16.0, 301)
+    losses = jax.vmap(imitation, (0, *[None] * 5))(frequencies, *data)
+    fig, ax = canvas()
+    ax.plot(frequencies, losses, color=INK, lw=1)
+    for first, color in ((5.0, BLUE), (start, ORANGE)):
+        ax.plot(*descend(first, *data), "o-", color=color, lw=1, ms=5)
+    ax.set(xlim=(1, 16), ylim=(-0.002, 0.05), xlabel="frequency (rad/s)", ylabel="loss")
+    return fig
+
+
+# %% [markdown]
+# From 12 twenty steps find nothing, as the slope there is nearly zero. Gradient descent
+# mends a frequency that is nearly right, and not one that is far off: a reason to spread
+# them out before anything is learned, as Part 7 does.
 
 # %% [markdown]
 # ### The data
@@ -2868,23 +3161,73 @@ def parameter_labels(params):
 import optax
 
 
-def make_optimizer(model, steps, lr=4e-3, ssm_lr=1e-3, weight_decay=0.05):
-    """Return Adam with a rate for each label, and weight decay for "rest" alone.
+def make_optimizer(model, steps, lr=4e-3, ssm_lr=1e-3, weight_decay=0.05,
+                   ssm_decay=0.0):
+    """Return AdamW with a rate and a weight decay for each label.
 
     Raises ValueError for rates that are negative or not finite.
     """
-    for name, rate in dict(lr=lr, ssm_lr=ssm_lr, weight_decay=weight_decay).items():
-        require(0 <= rate < math.inf, f"{name} is {rate}", f"0 <= {name} < inf")
+    given = dict(lr=lr, ssm_lr=ssm_lr, weight_decay=weight_decay, ssm_decay=ssm_decay)
+    for name, rate in given.items():
+        require_number(name, rate, lambda v: 0 <= v < math.inf, f"0 <= {name} < inf")
 
     def schedule(peak):
         return optax.warmup_cosine_decay_schedule(0.0, peak, max(1, steps // 10), steps)
 
     rates = {
-        "ssm": optax.adam(schedule(ssm_lr)),
+        "ssm": optax.adamw(schedule(ssm_lr), weight_decay=ssm_decay),
         "rest": optax.adamw(schedule(lr), weight_decay=weight_decay),
     }
     adam = optax.multi_transform(rates, parameter_labels)
     return nnx.Optimizer(model, adam, wrt=nnx.Param)
+
+
+# %% [markdown]
+# ### ★ What cannot be trained on
+#
+# What cannot be trained on is refused before anything is computed. A label that is no
+# class would be read as another, or as none: the loss would be a
+# number all the same. So labels are compared with the scores.
+
+# %%
+def require_labels(name, data, scores):
+    """Refuse (inputs, labels) unless each answer has a label, an integer below V.
+
+    scores is the shape of the answer to one input, (V,) or (L, V).
+    """
+    n = len(data[0])
+    labels = np.asarray(data[1])
+    *places, V = scores
+    given = f"{name}: labels of shape {labels.shape} for {n:,} inputs"
+    require(labels.shape == (n, *places), given, f"labels of shape {(n, *places)}")
+    whole = labels.dtype.kind in "iu"
+    require(whole, f"{name}: labels are {labels.dtype}", f"integers from 0 to {V - 1}")
+    odd = labels[(labels < 0) | (labels >= V)]
+    given = f"{name}: {odd.size:,} of {labels.size:,} labels are no class: {odd[:3]}"
+    require(odd.size == 0, given, f"0 to {V - 1}, the classes of the model")
+
+
+# %% [markdown]
+# The rest is looked at in one place, where the steps are counted:
+
+# %%
+def steps_to_take(model, data, validation, epochs, batch_size, whole=True):
+    """Return the number of steps of a training; refuse what it cannot be done with."""
+    for name, n in dict(epochs=epochs, batch_size=batch_size).items():
+        require_count(name, n)
+    sets = {"training set": data, "validation set": validation}
+    for name, (inputs, _) in sets.items():
+        require(len(inputs) > 0, f"{name}: no inputs", "one input or more")
+        finite = np.isfinite(inputs).all()
+        require(finite, f"{name}: inputs hold NaN or infinity", "finite numbers")
+    view = nnx.view(model, deterministic=True)
+    one = validation[0][:1]
+    for name, part in sets.items():
+        require_labels(name, part, nnx.eval_shape(call, view, one).shape[1:])
+    rows = epochs * len(data[0])
+    steps = rows // batch_size if whole else -(-rows // batch_size)
+    require(steps >= 10, f"{steps} steps", "10 or more: add epochs, or cut the batches")
+    return steps
 
 
 # %% [markdown]
@@ -2910,28 +3253,6 @@ def train_step(model, optimizer, u, labels, weights=None):
     loss, grads = nnx.value_and_grad(loss_fn)(model)
     optimizer.update(model, grads)
     return loss
-
-
-# %% [markdown]
-# A label that is no class would be read as another, or as none: the loss would be a
-# number all the same. So labels are compared with the scores.
-
-# %%
-def require_labels(name, data, scores):
-    """Refuse (inputs, labels) unless each answer has a label, an integer below V.
-
-    scores is the shape of the answer to one input, (V,) or (L, V).
-    """
-    n = len(data[0])
-    labels = np.asarray(data[1])
-    *places, V = scores
-    given = f"{name}: labels of shape {labels.shape} for {n:,} inputs"
-    require(labels.shape == (n, *places), given, f"labels of shape {(n, *places)}")
-    whole = labels.dtype.kind in "iu"
-    require(whole, f"{name}: labels are {labels.dtype}", f"integers from 0 to {V - 1}")
-    odd = labels[(labels < 0) | (labels >= V)]
-    given = f"{name}: {odd.size:,} of {labels.size:,} labels are no class: {odd[:3]}"
-    require(odd.size == 0, given, f"0 to {V - 1}, the classes of the model")
 
 
 # %% [markdown]
@@ -3055,31 +3376,9 @@ def progress(steps, done=0):
 
 
 # %% [markdown]
-# What cannot be trained on is refused before anything is computed.
-
-# %%
-def steps_to_take(model, data, validation, epochs, batch_size, whole=True):
-    """Return the number of steps of a training; refuse what it cannot be done with."""
-    for name, n in dict(epochs=epochs, batch_size=batch_size).items():
-        require_count(name, n)
-    sets = {"training set": data, "validation set": validation}
-    for name, (inputs, _) in sets.items():
-        require(len(inputs) > 0, f"{name}: no inputs", "one input or more")
-        finite = np.isfinite(inputs).all()
-        require(finite, f"{name}: inputs hold NaN or infinity", "finite numbers")
-    view = nnx.view(model, deterministic=True)
-    one = validation[0][:1]
-    for name, part in sets.items():
-        require_labels(name, part, nnx.eval_shape(call, view, one).shape[1:])
-    rows = epochs * len(data[0])
-    steps = rows // batch_size if whole else -(-rows // batch_size)
-    require(steps >= 10, f"{steps} steps", "10 or more: add epochs, or cut the batches")
-    return steps
-
-
-# %% [markdown]
 # The training itself: a step for each batch, and when an epoch ends a row of the
-# history. It stops if the loss is not a number.
+# history. It stops if the loss is not a number. (`steps_to_take` counts the steps, and
+# refuses what cannot be trained on.)
 
 # %%
 def train(model, data, validation, *, epochs=40, batch_size=32, seed=0, augment=None,
@@ -3142,6 +3441,8 @@ def train_digits(seed=0, watch=None):
 
 
 # %% [markdown]
+# ### ★ Keeping a model
+#
 # A trained model is worth keeping: its parameters go into a file, each array under its
 # path in the model, with the history beside them. The machine may stop while a file is
 # written. So the bytes go into a file with another name, which takes the place of the
@@ -3252,6 +3553,8 @@ def load_parameters(file, model):
 
 
 # %% [markdown]
+# ### What it reached
+#
 # Pictures of the trained model ask for it by the name `trained`. Where this file runs,
 # that trains, once. Where it is imported, as the web page does, the parameters come
 # from the file that the last run left, if there is one.
@@ -3358,8 +3661,6 @@ def predictions():
 
 
 # %% [markdown]
-# ### What it reached
-#
 # One training says little. `python tests/measure/digits.py` trains three times, with
 # seeds 0, 1 and 2, and beside it a GRU, the usual recurrent network, of about as many
 # parameters, on the same nudged images. The number of its epochs was set from a timing,
@@ -3377,7 +3678,57 @@ def predictions():
 # With 360 test images one image more or less is 0.28%, so the spread of S4D is about
 # one image. The GRU may well do better with more time or tuning; the question here was
 # what about a minute gives.
-#
+
+# %% [markdown]
+# What has become of the memory in the meantime? Compare each pole and each $\Delta$ of
+# the trained model with what it was in the beginning:
+
+# %%
+@functools.cache
+def memories():
+    """Poles (blocks, H, N/2) and dt (blocks, H) before training and after it."""
+    found = []
+    for model in (digit_model(), trained()[0]):
+        systems = [block.ssm.system() for block in model.stack.blocks]
+        A, _, _, dt = map(np.stack, zip(*systems))
+        found.append((A, dt))
+    return found
+
+
+if RUN:
+    (A_first, dt_first), (A_last, dt_last) = memories()
+    ratios = {
+        "frequency": A_last.imag / A_first.imag,
+        "decay": A_last.real / A_first.real,
+        "dt": dt_last / dt_first,
+    }
+    for name, ratio in ratios.items():
+        print(f"median change of {name:10s} {np.median(abs(ratio - 1)):.1%}")
+
+
+# %%
+@figure()
+def before_and_after():
+    """The memory of the first block before training (orange) and after it (blue). Left,
+    its poles: the frequencies stay, the decays spread a little. Right, each channel's
+    step: nearly on the diagonal, where nothing has changed."""
+    (A_first, dt_first), (A_last, dt_last) = memories()
+    fig, (left, right) = canvas(1, 2, 3.4)
+    for A, color in ((A_last[0], BLUE), (A_first[0, 0], ORANGE)):
+        left.semilogy(A.real.ravel(), A.imag.ravel(), "o", ms=2, color=color)
+    left.set(xlim=(-0.7, -0.3), title="poles", xlabel="$\\Re A$", ylabel="$\\Im A$")
+    right.loglog([1e-3, 0.1], [1e-3, 0.1], color=INK, lw=1)
+    right.loglog(dt_first[0], dt_last[0], "o", ms=4, color=BLUE)
+    right.set(title="steps $\\Delta$", xlabel="before", ylabel="after")
+    return fig
+
+
+# %% [markdown]
+# They hardly move. What this model learns about digits it learns in $C$ and in the maps
+# around the memory; the memory itself stays, but for a few percent, the one that Part 7
+# gave it. (Part 13 freezes $A$, and cannot tell the difference.)
+
+# %% [markdown]
 # *What stands: a trained classifier. Exercise: by which of the tools above would you
 # notice that a model has learned its training images by heart?*
 
@@ -3390,7 +3741,8 @@ def predictions():
 # model that *generates* makes its own next sample, so that there is nothing to convolve
 # until it has been made. Nothing needs to be trained again or converted for either. The
 # parameters are the same.
-#
+
+# %% [markdown]
 # ### Reading pixel by pixel
 #
 # The classifier of Part 11 has learned from whole images. Here it reads the test images
@@ -3541,14 +3893,31 @@ if RUN:
 
 
 # %% [markdown]
-# ### Bits per pixel
+# How likely is an image to the model? The convolution says it for all levels at once,
+# each given all before it. Divided by $\log 2$ the logarithm counts bits: an image of which
+# the model says $p$ can be stored in $-\log_2 p$ bits and at most two more, by a code made
+# of its answers. Fewer bits, better guesses. Equally likely levels take
+# $\log_2 17 = 4.09$ bits per pixel.
+
+# %%
+@nnx.jit
+def log_likelihood(model, levels):
+    """Log probability of each level (batch, L) given those before, by convolution."""
+    scores = model(after_start(levels, model.decoder.out_features)[:, :-1])
+    log_p = jax.nn.log_softmax(scores)  # (batch, L, V)
+    return jnp.take_along_axis(log_p, levels[..., None], -1)[..., 0]
+
+
+# %%
+if RUN:
+    bits = -log_likelihood(generator, grey_levels(load_digits()[2][0])) / math.log(2)
+    print(f"the model needs {bits.mean():.2f} bits per pixel of the test images")
+
+
+# %% [markdown]
+# ### ★ Bits per pixel
 #
-# How good is it? The base-2 logarithm of a probability has a meaning: an image of which
-# the model says $p$ can be stored in $-\log_2 p$ bits and at most two more, by a code
-# made of the model's answers. Fewer bits, better guesses. Seventeen equally likely
-# levels take $\log_2 17 = 4.09$ bits per pixel.
-#
-# A number needs a neighbour. So let us count, too. The simplest model is the histogram
+# What counting reaches, and where the model saves its bits. The simplest model is the histogram
 # of each pixel over the training images, which knows where ink tends to be. Others look
 # at the pixel to the left or above, or at both. Each is a table of counts with a row
 # for each *context*, and one is added to every count, so that nothing is impossible
@@ -3582,18 +3951,9 @@ def histogram_bits(context, train, test):
 
 
 # %% [markdown]
-# The model is measured on the same pixels. Its own bits come from the convolution: the
-# log probability of each level, given all before it.
+# The model is measured on the same pixels, by `log_likelihood` from above.
 
 # %%
-@nnx.jit
-def log_likelihood(model, levels):
-    """Log probability of each level (batch, L) given those before, by convolution."""
-    scores = model(after_start(levels, model.decoder.out_features)[:, :-1])
-    log_p = jax.nn.log_softmax(scores)  # (batch, L, V)
-    return jnp.take_along_axis(log_p, levels[..., None], -1)[..., 0]
-
-
 def all_bits():
     """Bits for each pixel of the test images (360, 64), by each table and the model."""
     train, test = (grey_levels(load_digits()[part][0]) for part in (0, 2))
@@ -3734,13 +4094,13 @@ def generate(model, prefix, steps, key, temperature=1.0, top_p=1.0):
     odd = prefix[(prefix < 0) | (prefix >= V)]
     require(not odd.size, f"prefix holds {odd[:3]}", f"levels 0 to {V - 1}")
     require_count("steps", steps)
-    fits = 0 <= temperature < math.inf
-    require(fits, f"temperature is {temperature}", "0 <= temperature < inf")
-    require(0 < top_p <= 1, f"top_p is {top_p}", "0 < top_p <= 1")
-    knobs = float(temperature), float(top_p)  # traced: a new value compiles nothing
+    allowed = "0 <= temperature < inf"
+    heat = require_number("temperature", temperature, lambda v: 0 <= v < math.inf, allowed)
+    top_p = require_number("top_p", top_p, lambda v: 0 < v <= 1, "0 < top_p <= 1")
     model = nnx.view(model, deterministic=True)
     prefix = jnp.asarray(prefix, int)
-    return sample(model, prefix, key, *knobs, steps=int(steps))
+    # The two numbers are traced: a new value compiles nothing.
+    return sample(model, prefix, key, heat, top_p, steps=int(steps))
 
 
 # %% [markdown]
@@ -3759,6 +4119,37 @@ if RUN:
     again, _ = generate(generator, halves, 32, jax.random.key(0))
     print("the same key draws the same:", bool((again == drawn).all()))
 
+
+# %% [markdown]
+# ### ★ What a pixel costs
+#
+# A Transformer looks at all earlier pixels again for each new one, so the next costs
+# more than the last. Here a step reads the state, which never grows: the cost of a
+# pixel does not depend on how many there have been. To see it, let the model go on
+# after pixel 64, which it does without complaint, though it has never seen a place so
+# late. Four times as many pixels should come at about the same rate. (It may be higher,
+# as what a call costs by itself is shared by more of them, or lower, as other programs
+# take their turns.) And sixteen images at a time share the
+# parameters.
+
+# %%
+def levels_per_second(model, batch, steps):
+    """How many levels are drawn in a second, from the start sign; the best of three."""
+    prefix = np.zeros((batch, 0), int)
+    times = []
+    for seed in range(4):  # the first compiles
+        start = time.perf_counter()
+        jax.block_until_ready(generate(model, prefix, steps, jax.random.key(seed)))
+        times.append(time.perf_counter() - start)
+    return batch * steps / min(times[1:])
+
+
+# %%
+if RUN:
+    for batch in (1, 16):
+        for steps in (1024, 4096):
+            rate = levels_per_second(generator, batch, steps)
+            print(f"batch {batch:2d}, {steps:4d} pixels each: {rate:7,.0f} a second")
 
 # %% [markdown]
 # ### Digits, completed
@@ -3857,37 +4248,6 @@ def ten_completed(temperature=0.7, seed=0):
 if RUN:
     show(hero)  # the promise of Part 0
 
-
-# %% [markdown]
-# ### What a pixel costs
-#
-# A Transformer looks at all earlier pixels again for each new one, so the next costs
-# more than the last. Here a step reads the state, which never grows: the cost of a
-# pixel does not depend on how many there have been. To see it, let the model go on
-# after pixel 64, which it does without complaint, though it has never seen a place so
-# late. Four times as many pixels should come at about the same rate. (It may be higher,
-# as what a call costs by itself is shared by more of them, or lower, as other programs
-# take their turns.) And sixteen images at a time share the
-# parameters.
-
-# %%
-def levels_per_second(model, batch, steps):
-    """How many levels are drawn in a second, from the start sign; the best of three."""
-    prefix = np.zeros((batch, 0), int)
-    times = []
-    for seed in range(4):  # the first compiles
-        start = time.perf_counter()
-        jax.block_until_ready(generate(model, prefix, steps, jax.random.key(seed)))
-        times.append(time.perf_counter() - start)
-    return batch * steps / min(times[1:])
-
-
-# %%
-if RUN:
-    for batch in (1, 16):
-        for steps in (1024, 4096):
-            rate = levels_per_second(generator, batch, steps)
-            print(f"batch {batch:2d}, {steps:4d} pixels each: {rate:7,.0f} a second")
 
 # %% [markdown]
 # *What stands: one set of parameters, trained as a convolution, that reads a stream and
@@ -4052,25 +4412,24 @@ def choices_measured(question="starts, 64 pixels"):
 # of a channel at once, was not what we expected; their places at the start seem to be
 # most of what they give. (In this record all channels of a layer share one draw of
 # `rand`; since then each draws its own.)
-#
+
+# %% [markdown]
 # ### Long memory
 #
 # Part 7 asked for a delay of 512 steps. Now the length $L$ grows, the delay is half of
 # it, and the bump stays as narrow. There are 32 modes and one channel, and $\Delta$
 # starts at $2/L$, so that each start sees the same stretch of its modes at all lengths.
-# Three relative errors of the kernel are recorded:
+# These relative errors of the kernel are recorded:
 #
-# - *fitted*: the weights $C$ alone, by least squares, at the start.
+# - *best*: the weights $C$ alone, by least squares with 300 digits, at the start: what the
+#   modes can do (`python tests/measure/exact.py`, `assets/exact.json`).
+# - *in double*: the same with the 16 digits of double precision.
+# - *fitted*: the same without directions that are weaker than $10^{-6}$ of the strongest,
+#   whose weights float32 could not hold.
 # - *trained*: $A$, $B$, $C$ and $\Delta$, from a random $C$, by 2,000 steps of Adam.
 #   For white noise at the input the mean squared error of the output is that of the
 #   kernel, so training needs no signal.
 # - *refitted*: $C$ once more by least squares, on the poles that training found.
-#
-# One thing differs from Part 7. The modes of most starts are so alike that the best
-# weights are enormous and cancel each other. Double precision can do that up to a point,
-# a layer in float32 cannot. Here the fit leaves out directions that are weaker than
-# $10^{-6}$ of the strongest. (The column *in double* leaves out what is weaker than
-# double precision can tell from nothing.)
 #
 # For `lin` the error can be foretold. With $\Delta = 2/L$ its modes are the harmonics 0
 # to 31 of the window. A bump of width $w$ has at the frequency $\omega$ an energy of
@@ -4085,13 +4444,15 @@ def choices_measured(question="starts, 64 pixels"):
 DELAY_ERRORS = {"fitted": BLUE, "trained": ORANGE, "refitted": GREEN}
 
 if RUN:
+    best = measurements("exact").get("delay")
     for L, starts in evidence("delay").items():
         foretold = math.erfc(16 * 2 * math.pi * 31.5 / int(L)) ** 0.5
         print(f"L = {L}; by the formula lin leaves {foretold:.4f}")
-        print("           in double          fitted           trained         refitted")
+        print("        best  in double  fitted  trained  refitted")
         for name, runs in starts.items():
-            keys = (across(runs, key) for key in ("in_double", *DELAY_ERRORS))
-            print(f"  {name:4s}" + "".join("{:8.4f} ± {:.4f}".format(*v) for v in keys))
+            errors = [np.mean([run["exact"] for run in best[L][name]])]
+            errors += [across(runs, key)[0] for key in ("in_double", *DELAY_ERRORS)]
+            print(f"  {name:4s}" + "".join(f"{error:9.4f}" for error in errors))
 
 
 # %% [markdown]
@@ -4126,17 +4487,23 @@ def delay_against_length():
 # lacks is modes, and nothing else: for a bump as narrow in a window twice as long one
 # needs twice as many. At 4,096 steps 32 modes are too few for every start.
 #
+# What modes can do and what can be found are two things. With 300 digits the modes of
+# `rand` make a better bump than those of `legs`, at 512 and at 1,024 steps. In double
+# precision they leave several times as much: they are so alike that only enormous weights
+# tell them apart. `real` is too smooth with any digits, and `quad` has too few slow modes.
+#
 # Training helps all of them from 1,024 steps on, and changes their order at none of
 # these lengths: `lin`, `legs`, `inv`, `quad`, `rand`, `real`, before as after. A start is
 # more than a head start. At 512 steps we were surprised. There `lin`, `legs` and `inv`
 # are better fitted than trained: in 2,000 steps Adam does not find the weights that
 # least squares has at once. For `real` and `rand` a part of what is left after training
 # is of this kind, too: there the green points lie below the orange ones.
+
+# %% [markdown]
+# ### ★ Another resolution
 #
-# ### Another resolution
-#
-# A system in continuous time does not know of samples. Take the models that have learned
-# from 196 pixels, and show them every second pixel of the test images. A row has 14
+# Models that have learned from 196 pixels can read half of them, if they are told so. A
+# system in continuous time does not know of samples. Take the models, and show them every second pixel of the test images. A row has 14
 # pixels, an even number, so these are every second column, and the sequence has 98
 # samples. Between two of them lies twice the way. The layer is told so by `rate=2`,
 # which doubles each $\Delta$ (Appendix A): the same kernels in continuous time, sampled
@@ -4157,18 +4524,15 @@ if RUN:
 # a sequence of this kind; with the wrong one they lose most of it. That something is
 # lost at the right rate, too, has two reasons. Half of the columns are gone. And the
 # hold between samples is coarser: what each system takes in differs a little (Part 2).
-#
+
+# %% [markdown]
 # ### Beside a GRU and a Transformer
 #
-# Last, two models of other kinds, with about as many parameters: the GRU of Part 11,
-# and a small Transformer, causal, two blocks with four heads. All have two layers, end
-# in the mean over time, and learn from the same 4,000 images of 196 pixels for the same
-# three epochs. The learning rates of the GRU and the Transformer are the best of three
-# on the validation images, with seed 0. S4D is the one that starts from `legs` above.
-#
-# What a training step takes was measured apart, in a process of its own for each, at
-# 196 and at 784 samples, sixteen rows at a time: the best of ten steps, as the machine
-# was shared, and how far the process's memory rose above what it held before the first.
+# Last, two models of other kinds, with about as many parameters: the GRU of Part 11, and
+# a small causal Transformer, two blocks with four heads. All learn from the same images
+# of 196 pixels for three epochs; the learning rates of these two are the best of three on
+# the validation images. Training steps were timed apart, sixteen rows at a time: the best
+# of ten, and how far the memory of a process of its own rose above what it held before.
 
 # %%
 if RUN:
@@ -4188,14 +4552,12 @@ if RUN:
 # %% [markdown]
 # S4D gets furthest, and by more than the noise. Read it with care: three epochs favour
 # what learns fast, and the best rates of the GRU and of the Transformer are the largest
-# of their three, so that larger ones might do better still.
-#
-# From 196 to 784 samples a step of the Transformer takes more than ten times as long and
-# needs several times the memory, as it has a score for each pair of samples. The other
-# two need at most four times the time. At 196 samples a step of the GRU takes as long as
-# one of S4D, and at 784 half as long again. We had expected more. The samples of a
-# convolution need not wait for each other, but that pays where much can be done at once,
-# and these are two cores.
+# of their three, so that larger ones might do better still. From 196 to 784 samples a
+# step of the Transformer takes more than ten times as long and needs several times the
+# memory, as it has a score for each pair of samples. The other two need at most four
+# times the time. At 196 samples a step of the GRU takes as long as one of S4D, at 784
+# half as long again: on two cores it pays little that the samples of a convolution need
+# not wait for each other.
 
 # %%
 @figure()
@@ -4222,13 +4584,14 @@ def next_sample():
 # before it, and with sixteen times the past it needs more than sixteen times the time.
 # The step of the GRU is the cheapest of all: it has the smallest state, and nothing to
 # discretize.
+
+# %% [markdown]
+# ### ★ The whole length
 #
-# ### The whole length
-#
-# So far the models were small and their trainings short, so that there could be many.
-# Once a classifier got more time: all 784 pixels of all images of the subset, each
-# distorted anew whenever it comes, as if printed on rubber (`notebooks/training.py`),
-# for 27 epochs. It has three blocks of 64 channels. Unlike the classifier of Part 11 it
+# One classifier got more time, for all 784 pixels and all images of the subset. So far
+# the models were small and their trainings short, so that there could be many. Here each
+# image is distorted anew whenever it comes, as if printed on rubber
+# (`notebooks/training.py`), for 27 epochs. The model has three blocks of 64 channels. Unlike the classifier of Part 11 it
 # has no FFN in its blocks and no dropout, and a learning rate of 0.01. So much was
 # chosen on the validation images, at half their resolution. The run is one of the
 # command line, recorded in `assets/mnist.json`; `python tests/measure/mnist.py` does
@@ -4256,10 +4619,12 @@ if RUN:
 # %% [markdown]
 # The Annotated S4 reports 99.55% on all of MNIST (its README: S4, four layers of 128
 # channels). Ours saw a seventh of those images.
+
+# %% [markdown]
+# ### ★ What the fast forms gain
 #
-# ### What the fast forms gain
-#
-# Part 6 timed its ideas one by one. Here they stand together, beside the same model
+# How much faster than the obvious way is all this? Part 6 timed its ideas one by one.
+# Here they stand together, beside the same model
 # written the obvious way: the Vandermonde sum with an exponential for each mode and
 # step, the padded FFT, and the GELU and linear maps of the library, in JAX and in
 # PyTorch. `python tests/measure/speed.py` took the times, in turns, and recorded them in
@@ -4283,14 +4648,12 @@ if RUN:
 # is all that this page can do for them. The Fourier transforms come next. On a CPU they
 # make little use of a second core: a trace of such a step (`jax.profiler.trace`, JAX
 # 0.10) shows most of them on a single one.
-#
-# *What stands: the choices of this page, measured, with their noise. Exercise: the rule
-# above takes the test images as given. Each of 360 images is a draw, too. How far apart
-# must two accuracies of about 95% be, before other images would agree?*
-#
+
+# %% [markdown]
 # ### ★ A GELU and a linear map of our own
 #
-# Part 8 wrote two things that its libraries have. JAX's GELU is written with
+# Part 8 wrote a GELU and a linear map that its libraries have; here is what ours gain.
+# JAX's GELU is written with
 # $\mathrm{erfc} = 1 - \mathrm{erf}$, so that the tiny results far on the negative side
 # keep all their digits. We do not need those, and `erf` is shorter work. And `Linear`
 # lays all samples of a batch in one long row. That changes no number. But the gradient
@@ -4316,6 +4679,58 @@ if RUN:
         times.append(best_time(jax.grad(loss), params, many))
     print(f"the gradient of nnx.Linear by that of ours: {times[1] / times[0]:.1f}")
 
+
+# %% [markdown]
+# ### What to use
+#
+# What would we start from today? The rule for $\Delta$ first, since it matters most. A
+# mode with $\Re A = -\tfrac12$ falls to $1/e$ in $2/\Delta$ steps, its *time constant*:
+# so far its channel sees. Draw $\Delta$ log-uniformly between $2/T$ and $2/\tau$, where
+# $T$ is the longest and $\tau$ the shortest distance, in steps, that can matter.
+#
+# Then the number of modes. The formula for `lin` above, solved for the last harmonic,
+# says how many it takes to hold details of $w$ steps over a memory of $L$ steps.
+
+# %%
+if RUN:
+    for dt in (0.001, 0.1):
+        print(f"dt = {dt}: at -1/2 a channel sees some {2 / dt:,.0f} steps")
+    last = scipy.special.erfcinv(0.01) / (2 * math.pi)  # harmonic, times w / L
+    print(f"one tenth is left of a detail of w steps with {last:.2f} L / w modes")
+
+
+# %% [markdown]
+# One question is left open above: do the parameters of the memory need the smaller rate,
+# and no weight decay? The same small classifiers once more, four recipes with three seeds
+# each, by `python tests/measure/rates.py`, recorded in `assets/rates.json`:
+
+# %%
+if RUN:
+    for task, pixels in (("digits", 64), ("small", 196)):
+        for name, recipe in measurements("rates").get(task, {}).items():
+            line = "{} pixels, {:16s} {:.1%} ± {:.1%}"
+            print(line.format(pixels, name, recipe["mean"], recipe["spread"]))
+
+
+# %% [markdown]
+# RATES_TEXT
+#
+# | choice | take | what was measured |
+# |:-------|:-----|:------------------|
+# | start | `legs`, `inv` or `lin` | `quad`, `rand` and `real` fall behind on 64 pixels, `real` and `quad` on all lengths |
+# | $\Delta$ | log-uniform, $2/T$ to $2/\tau$ | ten times too short does great harm; ten times too long, none at these lengths |
+# | $N$ | 32 to 64; for sharp details in a long past, the line above | 32 modes are too few for a bump of 16 steps in 4,096 |
+# | rates | RATES_ROW |
+# | rule | zero-order hold | bilinear is inside the noise; but held input is exact by ZOH, and a real pole keeps its sign (Part 5) |
+# | precision | float32 | all views agree to $10^{-5}$ of the largest output (Closing) |
+# | storage of $\Re A$ | the logarithm | no form is told apart from it |
+# | learn $A$? $B$? | yes, it costs nothing | frozen, each is inside the noise after so short a training |
+# | length | any; cut it where memory ends | parameters know no length; a training step takes memory in step with it (Appendix C) |
+
+# %% [markdown]
+# *What stands: the choices of this page, measured, with their noise. Exercise: the rule
+# above takes the test images as given. Each of 360 images is a draw, too. How far apart
+# must two accuracies of about 95% be, before other images would agree?*
 
 # %% [markdown]
 # ## Closing: all views agree
@@ -4388,7 +4803,9 @@ if RUN:
 
 
 # %% [markdown]
-# ### Where this page deviates from the papers
+# ### ★ Where this page deviates from the papers
+#
+# What is done otherwise here than in the papers and their code, and why:
 #
 # | where | papers and their code | here | why |
 # |:------|:----------------------|:-----|:----|
@@ -4404,20 +4821,40 @@ if RUN:
 # | DSS | softmax over the length of each call, $\Re A$ free | over `l_max`, $\Re A < 0$ | a step does not know the length; no division by zero |
 # | S4 | learns $\tilde C = C(I - \bar A^L)$ for one $L$ | learns $C$, computes $\tilde C$ | any length, and the recurrence needs $C$ |
 # | S4 | complex64 | double precision inside | agrees with its recurrence |
+
+# %% [markdown]
+# ### The page in ten lines
 #
+# 1. A linear system keeps what matters of the past in its state: $x' = Ax + Bu$,
+#    $y = Cx + Du$.
+# 2. Hold the input between samples, and the step $x_k = \bar A x_{k-1} + \bar B u_k$ is exact.
+# 3. Unrolled, the same system is a convolution with the kernel $K_l = C \bar A^l \bar B$.
+# 4. In the basis of its eigenvectors $A$ is diagonal, complex because real poles cannot
+#    swing, and one of each conjugate pair is enough.
+# 5. S4D learns the diagonal itself. Its kernel is a sum over a Vandermonde matrix, made
+#    of two tables of $\sqrt L$ powers.
+# 6. An FFT convolves in $L \log L$ operations, without padding once the tail is turned
+#    into the imaginary part.
+# 7. Where the poles start decides. HiPPO-LegS is a memory of the whole past; the diagonal
+#    keeps its modes.
+# 8. Layer, block and model are called on whole sequences, advanced by chunks or stepped,
+#    and give the same numbers.
+# 9. Trained as a convolution, the model reads a stream and draws digits as a recurrence,
+#    at a cost per sample that does not grow.
+# 10. Let the step depend on the input, and the convolution is lost while the scan
+#     remains: there Mamba goes on.
+
+# %% [markdown]
 # ### More to try
 #
-# 1. Train with `init="real"` and with `init="rand"`. How much of Part 7's picture do you
-#    find in the accuracy?
-# 2. Read the pixels in a fixed random order. Which models would suffer from that, and
+# 1. Read the pixels in a fixed random order. Which models would suffer from that, and
 #    which does not care?
-# 3. Take a trained layer, double every $\Delta$, and feed every second sample. What is
-#    lost, and why?
-# 4. Write `ssm_recurrence` with an associative scan of dense matrices. What does one
+# 2. Write `ssm_recurrence` with an associative scan of dense matrices. What does one
 #    combination cost, and what does that say about diagonal systems?
-# 5. Give the next-pixel model the label of each digit instead of the start sign. Can you
+# 3. Give the next-pixel model the label of each digit instead of the start sign. Can you
 #    ask it for a 7 then, and how many bits does it save?
-#
+
+# %% [markdown]
 # ### References
 #
 # - A. Gu, A. Gupta, K. Goel, C. Ré. [On the Parameterization and Initialization of
@@ -4460,7 +4897,8 @@ if RUN:
 # and with its defaults it is the layer of Part 8. They fall into three groups: how the
 # numbers are stored, how many systems there are, and what surrounds them. What it has
 # not, and why, is listed after it.
-#
+
+# %% [markdown]
 # ### How the numbers are stored
 #
 # A positive number can be stored in several ways: as a logarithm; through *softplus*,
@@ -4509,7 +4947,8 @@ IMAGINARY = {
 #   factor 2 of the pairs is taken out of $C$.
 # - `deterministic`: no chance at the start. $\Delta$ is evenly spaced in its logarithm,
 #   $C$ and $D$ are one.
-#
+
+# %% [markdown]
 # ### How many systems
 #
 # - `n_ssm`: so many pairs of $A$ and $B$ serve all channels. Each is copied to several
@@ -4542,10 +4981,10 @@ def check_general(H, n_ssm, init, is_real, deterministic, bandlimit, rate, switc
     switches |= dict(is_real=is_real, deterministic=deterministic)
     for name, value in switches.items():
         require(isinstance(value, bool), f"{name} is {value!r}", "True, False")
-    require(0 < rate < math.inf, f"rate is {rate}", "0 < rate, finite")
+    require_number("rate", rate, lambda v: 0 < v < math.inf, "0 < rate < inf")
     if bandlimit is not None:
-        fits = 0 < bandlimit < math.inf
-        require(fits, f"bandlimit is {bandlimit}", "0 < bandlimit, finite; None")
+        allowed = "None, 0 < bandlimit < inf"
+        require_number("bandlimit", bandlimit, lambda v: 0 < v < math.inf, allowed)
     if is_real:
         require(init == "real", f"is_real with init {init!r}", "init 'real'")
         given = f"is_real with imag_transform {forms['imag_transform']!r}"
@@ -4585,8 +5024,8 @@ class GeneralSSM(S4D):
         d_state = require_count("d_state", d_state, multiple=1 if is_real else 2)
         N = 2 * d_state if is_real else d_state
         self.method = discretization
-        self.rate = rate
-        self.bandlimit = bandlimit
+        self.rate = float(rate)
+        self.bandlimit = None if bandlimit is None else float(bandlimit)
         self.is_real = is_real
         self.dt_fast = dt_fast
         self.dt_transform = dt_transform
@@ -4895,7 +5334,6 @@ if RUN:
 # | `drop_kernel` | a mask over the kernel's steps, which no recurrence has: a call and steps would differ |
 # | `activation`, `gate_act`, `mult_act`, `initializer`, `weight_norm` | they concern what surrounds the systems, where a layer of your own is as short as an option |
 # | `swap_channels`, `backend`, `verbose` | an order of rows, a choice of program and a wish to be told; no number changes |
-
 
 # %% [markdown]
 # ### A backbone to pick up
@@ -5668,7 +6106,8 @@ if RUN:
 #
 # Sixty-four pixels fit into memory many times over. Here are sequences that do not, and
 # batches and sequences that several devices share.
-#
+
+# %% [markdown]
 # ### A sequence that does not fit
 #
 # The gradient of a loss needs what every layer computed at every sample, and for a day
@@ -5896,7 +6335,8 @@ def time_and_memory():
 # %% [markdown]
 # *What stands: two ways to train on what does not fit. Exercise: for which delays does
 # the twin that throws its state away do as well?*
-#
+
+# %% [markdown]
 # ### One batch on several devices
 #
 # The gradient of a batch is the mean of the gradients of its rows. So the rows can be
@@ -5957,12 +6397,13 @@ if RUN:
 # Trainings that take hours, on machines that are switched off, lent to others or short
 # of memory, must survive that. `notebooks/training.py` is an article of its own about
 # them: checkpoints, stopping, several processes, a command line.
-#
+
+# %% [markdown]
 # ### One sequence on several devices
 #
 # The rows of a batch do not know each other. The samples of a row do, but only through
-# the state. So a long sequence can be divided, too: of $P$ devices, each takes a chunk
-# of $S = L/P$ samples. All run theirs from rest at the same time, and device $c$ ends in
+# the state. So a long sequence can be divided, too: of $M$ devices, each takes a chunk
+# of $S = L/M$ samples. All run theirs from rest at the same time, and device $c$ ends in
 # a state $e_c$. These *ends* are sent round. What was the state $x_d$ at the beginning
 # of chunk $d$? The ends of the chunks before, each faded for as many chunks as lie
 # between:
@@ -5983,9 +6424,9 @@ def share_of_time(A, B, C, dt, u, method="zoh"):
     rest = jnp.zeros((len(u), *A.shape), A.dtype)
     whole = jnp.full(len(u), S)
     end = state_after(A, B, dt, rest, u, whole, method)
-    ends = jax.lax.all_gather(end, "time", axis=-1)  # (batch, H, N/2, P)
-    between = jax.lax.axis_index("time") - 1 - jnp.arange(ends.shape[-1])  # (P,)
-    faded = pole_powers(A, dt, S * jnp.maximum(between, 0), method)  # (H, N/2, P)
+    ends = jax.lax.all_gather(end, "time", axis=-1)  # (batch, H, N/2, M)
+    between = jax.lax.axis_index("time") - 1 - jnp.arange(ends.shape[-1])  # (M,)
+    faded = pole_powers(A, dt, S * jnp.maximum(between, 0), method)  # (H, N/2, M)
     x = jnp.where(between < 0, 0, faded * ends).sum(-1)
     _, y = s4d_advance(A, B, C, dt, x, u, whole, method)
     return y

@@ -2,6 +2,8 @@
 
 import functools
 import math
+import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -344,11 +346,12 @@ def test_recommended_defaults_build():
         ),
         (
             dict(dt_min=0.2, dt_max=0.1),
-            "dt_min is 0.2, dt_max 0.1; allowed: 0 < dt_min",
+            "dt_min is 0.2; allowed: 0 < dt_min <= dt_max, 0.1",
         ),
+        (dict(dt_min=math.inf), "dt_min is inf"),
         (dict(dt_min=0.0), "dt_min is 0.0"),
-        (dict(dt_max=math.nan), "dt_max nan"),
-        (dict(dt_max=math.inf), "dt_max inf"),
+        (dict(dt_max=math.nan), "dt_max is nan"),
+        (dict(dt_max=math.inf), "dt_max is inf"),
         (dict(dropout=1.0), "dropout is 1.0; allowed: 0 <= dropout < 1"),
         (dict(dropout=-0.1), "dropout is -0.1"),
         (dict(final_act="swish"), "final_act is 'swish'; allowed: 'glu', 'gelu'"),
@@ -357,6 +360,36 @@ def test_recommended_defaults_build():
 def test_construction_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         s4d.S4D(**dict(d_model=4, d_state=8) | options, rngs=nnx.Rngs(0))
+
+
+def with_number(name, value):
+    """Give a number to what takes it. Return how many arrays a layer then has."""
+    if name in ("lr", "ssm_lr", "weight_decay"):
+        return s4d.make_optimizer(None, 10, **{name: value})
+    if name in ("temperature", "top_p"):
+        model = s4d.S4DModel(3, 2, 2, 2, 1, pooling="none", rngs=nnx.Rngs(0))
+        with mock.patch.object(s4d, "sample", lambda *_, steps: None):
+            return s4d.generate(model, [[0]], 1, jax.random.key(0), **{name: value})
+    layer = s4d.GeneralS4D(4, 4, **{name: value}, rngs=nnx.Rngs(0))
+    return len(jax.tree.leaves(nnx.state(layer)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dt_min", "dt_max", "dropout", "rate", "bandlimit"]
+    + ["lr", "ssm_lr", "weight_decay", "temperature", "top_p"],
+)
+def test_a_number_is_a_number(name):
+    """Not a text, a truth value, nothing, several, imaginary, or NaN. Those of NumPy
+    and JAX are, and become Python's."""
+    wrong = ["0.05", "a", True, np.True_, [0.05], np.ones(2), 0.05j, math.nan]
+    for value in wrong if name == "bandlimit" else [None, *wrong]:
+        said = rf"{name} is {re.escape(repr(value))}; allowed: .*, a number"
+        with pytest.raises(ValueError, match=said):
+            with_number(name, value)
+    for kind in (np.float32, np.float64, np.array, jnp.float32, jnp.bfloat16):
+        arrays = with_number(name, kind(0.05))
+        assert name.endswith(("lr", "decay")) or arrays == with_number(name, 0.05)
 
 
 @pytest.mark.parametrize(

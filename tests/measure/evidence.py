@@ -112,12 +112,12 @@ def fit(model, task, seed, data, validation, frozen=(), **rates):
     return dict(seed=seed, validation=run.history[-1][3])
 
 
-def train_variant(task, folder, seed, frozen=(), **options):
+def train_variant(task, folder, seed, frozen=(), rates=None, **options):
     """Train the small classifier with some options. Returns the model and results."""
     data, validation, test = load(task, folder)
     options = dict(kernel="general") | options
     model = s4d.digit_model(seed, *SIZES[task], **options)
-    result = fit(model, task, seed, data, validation, frozen)
+    result = fit(model, task, seed, data, validation, frozen, **rates or {})
     return model, result | dict(test=s4d.evaluate(model, test)[1])
 
 
