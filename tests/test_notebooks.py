@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from render import files, rebuild
-from render.article import names
+from render.article import names, only_defines
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -28,6 +28,19 @@ def test_starred_cells_are_tagged():
     assert starred == [first, first + 1, first + 2]
     assert tags[1] == ["hide"] and tags.count(["answer"]) == 3
     assert notebook.cells[-2].metadata["jupyter"]["source_hidden"]
+
+
+def test_no_cell_of_the_path_leans_on_what_a_starred_one_has_computed():
+    """A definition may stand there; a value that the path goes on with may not."""
+    computed, leaning = {}, []
+    for cell in files.code_cells(files.bare_notebook()):
+        starred = "starred" in cell.metadata.get("tags", ())
+        uses, binds = names(cell.source)
+        lost = {} if starred else {n for n in uses - binds if computed.get(n)}
+        leaning += [f"{name} in {cell.source[:50]}" for name in sorted(lost)]
+        works = starred and not only_defines(cell.source)
+        computed |= dict.fromkeys(binds, works)
+    assert any(computed.values()) and leaning == []
 
 
 # -- what is made of what -------------------------------------------------------------
