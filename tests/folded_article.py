@@ -40,11 +40,11 @@ def figure(**knobs):
 
 
 # %%
-@figure(slope=(1, 9))
-def line(slope=2):
+@figure(slope=(1, 9), ends=["plain", "marked"])
+def line(slope=2, ends="plain"):
     """A line through the origin, as steep as its slope says."""
     fig = Figure((8, 3))
-    fig.subplots().plot([0, 1], [0, slope])
+    fig.subplots().plot([0, 1], [0, slope], "o-" if ends == "marked" else "-")
     return fig
 
 

@@ -310,15 +310,22 @@ AT_REST = """document.querySelector("[data-testid=stApp]")
     .dataset.testScriptState === 'notRunning'"""
 
 
+CHOSEN, OTHER = "[role=radio][aria-checked=true]", "[role=radio][aria-checked=false]"
+
+
 def move(tab, name, knob):
-    """Move a knob by keyboard, when the page is at rest; wait for another figure."""
+    """Move a knob, a slider by keyboard, when the page is at rest; wait for another
+    figure."""
     tab.wait_for_function(AT_REST, timeout=30_000)
     before = figure_html(tab, name)
-    slider = tab.locator(f".st-key-{name}-{knob} input")
-    slider.focus()
-    low, high, now = slider.evaluate("e => [e.min, e.max, e.value].map(Number)")
-    for _ in range(12 if (name, knob) in FINE else 1):
-        tab.keyboard.press("ArrowLeft" if now > (low + high) / 2 else "ArrowRight")
+    slider = tab.locator(f".st-key-{name}-{knob} input[type=range]")
+    if slider.count():
+        slider.focus()
+        low, high, now = slider.evaluate("e => [e.min, e.max, e.value].map(Number)")
+        for _ in range(12 if (name, knob) in FINE else 1):
+            tab.keyboard.press("ArrowLeft" if now > (low + high) / 2 else "ArrowRight")
+    else:  # a row of names
+        tab.locator(f".st-key-{name}-{knob} {OTHER}").last.click()
     tab.wait_for_function(
         """([name, old]) => {
           const one = document.querySelector(`#${name} .drawing`);
@@ -556,7 +563,9 @@ def test_starred_sections_and_answers_are_folded(browser, folding):
     tab.keyboard.press("Enter")
     opened = {"second paragraph", "Still inside", "as steep as"}
     assert seen(tab) == SHUT | opened
-    move(tab, "line", "slope")
+    for knob in ("slope", "ends"):
+        move(tab, "line", knob)
+        assert f"line.{knob}=" in tab.url
     tab.locator(".st-key-code label").click()
     tab.wait_for_function("!document.querySelector('.code[open]')")
     assert seen(tab) == SHUT | opened
@@ -572,7 +581,13 @@ def test_starred_sections_and_answers_are_folded(browser, folding):
     for scheme in ("light", "dark"):
         tab.emulate_media(color_scheme=scheme)
         tab.wait_for_timeout(300)
-        for kind in (".starred > summary h3", ".starred .gives", ".answer > summary"):
+        for kind in (
+            ".starred > summary h3",
+            ".starred .gives",
+            ".answer > summary",
+            CHOSEN,
+            OTHER,
+        ):
             assert contrast(tab, kind) > 4.5, (scheme, kind)
     assert exceptions(tab) == console_errors(tab) == []
     tab.context.close()
@@ -914,5 +929,6 @@ def test_app_has_no_exception():
     assert any('<h1 id="the-annotated-s4d">The Annotated S4D' in b for b in blocks)
     assert app.button(key="train").label == "train here, now"
     assert app.toggle(key="code").value is True
-    knobs = {widget.key for widget in [*app.slider, *app.select_slider]}
+    widgets = *app.slider, *app.select_slider, *app.segmented_control
+    knobs = {widget.key for widget in widgets}
     assert knobs == {f"{name}.{knob}" for name, knob in LIVE}

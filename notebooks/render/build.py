@@ -1,8 +1,11 @@
-"""Make the notebook, the pictures in assets/ and the trained models there.
+"""Make the notebooks, the pictures in assets/ and the trained models there.
 
-python notebooks/render/build.py            execute if code has changed that an output
-                                            comes from, else only bring up to date
+python notebooks/render/build.py            execute a notebook if code has changed that
+                                            an output of it comes from, else only bring
+                                            it up to date
 python notebooks/render/build.py --execute  execute in any case
+
+rebuild.ipynb is for its reader to execute.
 """
 
 import argparse
@@ -21,7 +24,16 @@ from PIL import Image, PngImagePlugin
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from render.article import DATA, DRAWN, only_defines, read_figures  # noqa: E402
-from render.files import NOTEBOOK, ROOT, code_cells, fresh_notebook  # noqa: E402
+from render.files import (  # noqa: E402
+    COMPANION,
+    NOTEBOOK,
+    ROOT,
+    TO_FILL,
+    bare_notebook,
+    code_cells,
+    fresh_notebook,
+)
+from render.rebuild import rebuilt  # noqa: E402
 
 
 def keep_outputs(notebook, old):
@@ -53,33 +65,38 @@ print(json.dumps([drawn, data]))
 """
 
 
-def execute(notebook):
-    """Run every cell in an all but empty folder; record what the page needs.
+def execute(notebook, folder, then):
+    """Run every cell of a notebook in a folder. Returns what the code `then` prints."""
+    total, done = len(code_cells(notebook)), 0
+    resources = {"metadata": {"path": str(folder)}}
+    client = NotebookClient(
+        notebook, timeout=None, record_timing=False, resources=resources
+    )
+    with client.setup_kernel():
+        for index, cell in enumerate(notebook.cells):
+            client.execute_cell(cell, index)
+            done += cell.cell_type == "code"
+            print(f"\rcell {done} of {total}", end="", file=sys.stderr, flush=True)
+        notebook.cells.append(nbformat.v4.new_code_cell(then))
+        client.execute_cell(notebook.cells[-1], len(notebook.cells) - 1)
+    print(file=sys.stderr)
+    return "".join(output["text"] for output in notebook.cells.pop().outputs)
+
+
+def execute_article(notebook):
+    """Run the article in an all but empty folder; record what the page needs.
 
     Returns the names of the trained models with their bytes.
     """
-    total, done = len(code_cells(notebook)), 0
     figures = [f for cell in code_cells(notebook) for f in read_figures(cell.source)]
     words = {figure.name: figure.words for figure in figures}
     with tempfile.TemporaryDirectory() as empty:
         for recorded in (ROOT / "assets").glob("*.json"):  # what tests/ have measured
             shutil.copy(recorded, empty)
-        resources = {"metadata": {"path": empty}}
-        client = NotebookClient(
-            notebook, timeout=None, record_timing=False, resources=resources
-        )
-        with client.setup_kernel():
-            for index, cell in enumerate(notebook.cells):
-                client.execute_cell(cell, index)
-                done += cell.cell_type == "code"
-                print(f"\rcell {done} of {total}", end="", file=sys.stderr, flush=True)
-            code = RECORD.format(folder=str(ROOT / "notebooks"), words=words)
-            notebook.cells.append(nbformat.v4.new_code_cell(code))
-            client.execute_cell(notebook.cells[-1], len(notebook.cells) - 1)
+        code = RECORD.format(folder=str(ROOT / "notebooks"), words=words)
+        printed = execute(notebook, empty, code)
         models = {name: (Path(empty) / name).read_bytes() for name in MODELS}
-    print(file=sys.stderr)
-    extra = notebook.cells.pop()
-    record(notebook, *json.loads("".join(output["text"] for output in extra.outputs)))
+    record(notebook, *json.loads(printed))
     return models
 
 
@@ -119,20 +136,42 @@ def save_assets(notebook):
             (ROOT / "assets" / f"{name}.png").write_bytes(out.getvalue())
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Bring the notebook up to date.")
-    parser.add_argument("--execute", action="store_true", help="execute in any case")
-    force, notebook = parser.parse_args().execute, fresh_notebook()
-    old = (
-        nbformat.read(NOTEBOOK, 4) if NOTEBOOK.exists() else nbformat.v4.new_notebook()
-    )
-    if force or not keep_outputs(notebook, old):
-        models = execute(notebook)
+def is_kept(path, notebook):
+    """Whether a notebook could take all outputs from the file that is there."""
+    return path.exists() and keep_outputs(notebook, nbformat.read(path, 4))
+
+
+def make_article(force):
+    """The article's notebook. If it is executed, pictures and models are written."""
+    notebook = fresh_notebook()
+    if force or not is_kept(NOTEBOOK, notebook):
+        models = execute_article(notebook)
         save_assets(notebook)
         for name, model in models.items():
             (ROOT / "assets" / name).write_bytes(model)
-    nbformat.write(notebook, NOTEBOOK)
-    print(f"{NOTEBOOK.relative_to(ROOT)} is up to date")
+    return notebook
+
+
+def make_companion(force):
+    """The companion's notebook, executed where a reader opens it, beside its file."""
+    notebook = fresh_notebook(COMPANION)
+    if force or not is_kept(COMPANION.with_suffix(".ipynb"), notebook):
+        execute(notebook, COMPANION.parent, "")
+    return notebook
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Bring the notebooks up to date.")
+    parser.add_argument("--execute", action="store_true", help="execute in any case")
+    force = parser.parse_args().execute
+    notebooks = {
+        NOTEBOOK: make_article,
+        COMPANION.with_suffix(".ipynb"): make_companion,
+        TO_FILL: lambda _: rebuilt(bare_notebook()),
+    }
+    for path, make in notebooks.items():
+        nbformat.write(make(force), path)
+        print(f"{path.relative_to(ROOT)} is up to date")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where the article and its notebook are, and the notebook that the article makes."""
+"""Where article, companion and notebooks are, and how an article makes a notebook."""
 
 from pathlib import Path
 
@@ -9,6 +9,8 @@ from render.article import STARRED, at_headings, editions, read_figures
 ROOT = Path(__file__).resolve().parents[2]
 ARTICLE = ROOT / "annotated_s4d.py"
 NOTEBOOK = ROOT / "notebooks" / f"{ARTICLE.stem}.ipynb"
+COMPANION = ROOT / "notebooks" / "training.py"
+TO_FILL = ROOT / "notebooks" / "rebuild.ipynb"
 
 
 # What other tools ask of a notebook's language. A kernel adds its exact version, which
@@ -41,21 +43,30 @@ def mark_starred(notebook):
             starred = bool(STARRED.match(headings[-1]))
 
 
-def fresh_notebook(file=ARTICLE):
+def bare_notebook(file=ARTICLE):
     """An article as a notebook without outputs, its cells numbered.
 
-    Each code cell names its edition, by which its outputs will be known. What only
-    draws is folded, as on the pages.
+    What only draws is folded, as on the pages.
     """
     notebook = jupytext.read(file)
     mark_starred(notebook)
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
-    cells = code_cells(notebook)
-    for cell, edition in zip(cells, editions([cell.source for cell in cells])):
-        cell.metadata["edition"] = edition
+    for cell in code_cells(notebook):
         if list(read_figures(cell.source)):
             cell.metadata["jupyter"] = {"source_hidden": True}
     kernel = notebook.metadata["kernelspec"]
     notebook.metadata = {"kernelspec": kernel, "language_info": LANGUAGE}
+    return notebook
+
+
+def fresh_notebook(file=ARTICLE):
+    """A bare notebook in which each code cell names its edition, by which its outputs
+    will be known. Outputs of the companion come from the article's code, too."""
+    notebook = bare_notebook(file)
+    cells = code_cells(notebook)
+    before = code_cells(bare_notebook()) if file == COMPANION else []
+    marks = editions([cell.source for cell in (*before, *cells)])
+    for cell, edition in zip(cells, marks[len(before) :]):
+        cell.metadata["edition"] = edition
     return notebook

@@ -239,9 +239,18 @@ def read_rows(text):
 # -- knobs ----------------------------------------------------------------------------
 
 
+def named(span):
+    """Whether a knob chooses among names, which have no order for a slider."""
+    return isinstance(span, list) and isinstance(span[0], str)
+
+
 def knob(key, label, span, default):
-    """Show the slider of a knob. Returns its value."""
+    """Show a knob, a slider or a row of names. Returns its value."""
     bound = {"key": key, "bind": "query-params"}
+    if named(span):
+        return st.segmented_control(
+            label, span, default=default, required=True, **bound
+        )
     if isinstance(span, list):
         return st.select_slider(label, span, default, **bound)
     fine = 10 ** math.floor(math.log10((span[1] - span[0]) / 25))
@@ -258,13 +267,13 @@ def play(studio, figure):
     nothing jumps.
     """
     values = {}
-    columns = st.columns(len(figure.knobs)) if figure.knobs else ()
-    for column, k in zip(columns, figure.knobs):
-        with column:
-            label = k.replace("_", " ")
-            values[k] = knob(
-                f"{figure.name}.{k}", label, figure.knobs[k], figure.default[k]
-            )
+    sliders = [k for k, span in figure.knobs.items() if not named(span)]
+    places = {k: st.container() for k in figure.knobs if k not in sliders}
+    places |= zip(sliders, st.columns(len(sliders)) if sliders else ())
+    for k, span in figure.knobs.items():
+        with places[k]:
+            key, label = f"{figure.name}.{k}", k.replace("_", " ")
+            values[k] = knob(key, label, span, figure.default[k])
     before = st.session_state.get(f"{figure.name} before", figure.drawn)
     if values == figure.default and figure.drawn:
         drawn = figure.drawn
