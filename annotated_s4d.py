@@ -404,7 +404,8 @@ def grabbed_spring(pull=5.0):
     t = np.arange(STEPS) * DT
     held = pull * ((t > 0.4) & (t < 2.4))
     A, B, _ = oscillator()
-    p, v = simulate(A, B, np.eye(2), lambda s: np.interp(s, t, held), t)
+    all_of_x = np.eye(2)  # in place of C
+    p, v = simulate(A, B, all_of_x, lambda now: np.interp(now, t, held), t)
     fig, (left, middle, right) = canvas(1, 3, 2.6)
     left.plot(t, held, color=INK)
     left.set(title="force (N)", xlabel="time (s)")
