@@ -387,6 +387,40 @@ def oscillator_response(mass=1.0, spring=40.0, damping=2.0):
 
 
 # %% [markdown]
+# On the web page you are the force: pull the mass, shake it in its own rhythm, let go.
+# The two numbers of the state leave a trail as they change.
+
+# %% tags=["hide"] jupyter={"source_hidden": true}
+def grabbed_spring_data():
+    """The spring from frame to frame, for the browser: Part 2 has the step."""
+    A, B, _ = oscillator()
+    A_bar, B_bar = map(np.asarray, ssm_discretize(A, B, 1 / 120))
+    limits = {"force": 5, "position": 0.4, "velocity": 2.5}  # newtons pulled; axes
+    return {"A_bar": A_bar.tolist(), "B_bar": B_bar.tolist(), "dt": 1 / 120,
+            "stiffness": 40.0, "seconds": 8, "limits": limits}  # fmt: skip
+
+
+# %%
+@figure(data=grabbed_spring_data)
+def grabbed_spring(pull=5.0):
+    """A hand on the mass: its force, the position, and the trail of the state. When the
+    hand lets go, the mass swings on and the trail winds in to rest."""
+    t = np.arange(STEPS) * DT
+    held = pull * ((t > 0.4) & (t < 2.4))
+    A, B, _ = oscillator()
+    all_of_x = np.eye(2)  # in place of C
+    p, v = simulate(A, B, all_of_x, lambda now: np.interp(now, t, held), t)
+    fig, (left, middle, right) = canvas(1, 3, 2.6)
+    left.plot(t, held, color=INK)
+    left.set(title="force (N)", xlabel="time (s)")
+    middle.plot(t, p)
+    middle.set(title="position (m)", xlabel="time (s)", ylim=(-0.25, 0.25))
+    right.plot(v, p)
+    right.set(title="state", xlabel="velocity (m/s)", ylim=(-0.25, 0.25))
+    return fig
+
+
+# %% [markdown]
 # What does the mass remember? Hit it once, with a hammer blow so short that only its
 # total $\int u\,dt = 1$ matters. The blow moves the state from $0$ to $B$. From there
 # the system runs alone, $x' = Ax$, whose solution is $x(t) = e^{tA}B$ with the matrix

@@ -43,6 +43,7 @@ FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run
 NOTEBOOK = ROOT / "notebooks" / "annotated_s4d.ipynb"
 FIGURES = {figure.name: figure for figure in Article(FILE, NOTEBOOK).figures}
 CAPTIONS = {name: figure.words for name, figure in FIGURES.items()}
+LIVING = [name for name, draw in s4d.FIGURES.items() if draw.data]  # by the browser
 LIVE = [(name, knob) for name, draw in s4d.FIGURES.items() for knob in draw.knobs]
 FINE = {
     ("next_level", "top_p"),
@@ -117,10 +118,11 @@ def ready(tab):
            && document.querySelectorAll("math").length > 250
            && document.querySelector(".complete")
            && !document.querySelector(".waiting")""",
-        arg=len(CAPTIONS) - 1,
+        arg=len(CAPTIONS) - len(LIVING),
         timeout=90_000,
     )
-    tab.locator(".explorer").wait_for()  # a component, in a tree of its own
+    for name in LIVING:  # components, in trees of their own
+        tab.locator(f".{name}").wait_for()
     tab.evaluate(OPEN_ALL)
 
 
@@ -198,7 +200,8 @@ def broken_anchors(tab):
 def figures_missing(tab):
     """Figures that are not there, or whose alternative text is not their caption and,
     where knobs were turned, their values."""
-    there = tab.locator(".drawing, .explorer").evaluate_all(
+    there = tab.locator(", ".join(f".{name}" for name in ["drawing", *LIVING]))
+    there = there.evaluate_all(
         """all => all.filter(e => e.offsetHeight > 100)
                      .map(e => e.getAttribute("aria-label"))"""
     )
@@ -932,3 +935,59 @@ def test_app_has_no_exception():
     widgets = *app.slider, *app.select_slider, *app.segmented_control
     knobs = {widget.key for widget in widgets}
     assert knobs == {f"{name}.{knob}" for name, knob in LIVE}
+
+
+# -- the spring -----------------------------------------------------------------------
+
+
+def test_the_grabbed_spring_obeys_its_step_and_comes_to_rest(desk):
+    """By keys and by hand, SciPy's step leads from each state to the next."""
+    there = desk.locator(".grabbed_spring")
+    mass = there.locator(".mass")
+
+    def past():
+        return np.array(there.evaluate("e => e.past"))  # rows (u, p, v)
+
+    def moves():
+        return there.evaluate("e => Boolean(e.frame)")
+
+    mass.scroll_into_view_if_needed()
+    wait_until(lambda: not moves())
+    assert past().tolist() == [[0, 0, 0]]  # nothing before the reader acts
+    mass.focus()
+    for key in ("ArrowUp", "ArrowUp", "ArrowDown", "ArrowUp"):
+        desk.keyboard.press(key)
+    wait_until(lambda: past()[-1, 1] > 0.01)
+    assert past()[-1, 0] == 2 and moves()
+    assert mass.get_attribute("aria-valuetext").startswith("force 2.0 N, position 0.0")
+    desk.keyboard.press("Escape")
+    box = mass.locator("rect").bounding_box()
+    desk.mouse.move(box["x"] + 9, box["y"] + 9)
+    desk.mouse.down()
+    desk.mouse.move(box["x"] + 9, box["y"] + 200)  # farther than the hand can pull
+    wait_until(lambda: past()[-1, 0] == -5)
+    desk.mouse.up()
+    there.locator(".blow").click()
+    wait_until(lambda: past()[:, 0].max() > 100)
+    seen, dt = past(), there.evaluate("e => e.data.dt")
+    A, B, _ = s4d.oscillator()
+    zeros = np.zeros((2, 1))
+    system = s4d.scipy.signal.cont2discrete((A, B[:, None], np.eye(2), zeros), dt)
+    wanted = seen[:-1, 1:] @ system[0].T + seen[1:, :1] * system[1].T
+    assert np.abs(seen[1:, 1:] - wanted).max() < 1e-6 * np.abs(wanted).max()
+    assert len(seen) <= 8 / dt + 1
+    desk.emulate_media(reduced_motion="reduce")  # it is at rest at once
+    there.locator(".blow").click()
+    wait_until(lambda: not moves())
+    assert np.abs(past()[-1]).max() < 3e-3 and len(past()) > 5 / dt
+    assert there.locator(".says").inner_text() == (
+        "At rest: force 0.0 N, position 0.000 m."
+    )
+    desk.emulate_media(reduced_motion="no-preference")
+    there.evaluate("e => e.past.push([0, 0.002, 0])")  # and in the end by itself
+    mass.focus()
+    desk.keyboard.press("Space")
+    assert moves()
+    wait_until(lambda: not moves())
+    assert np.abs(past()[-1]).max() < 3e-3
+    assert exceptions(desk) == console_errors(desk) == []

@@ -299,16 +299,17 @@ def look_again(figure, promise, before):
 def explore(studio, figure):
     """Show a figure that the browser draws, by a script of its name.
 
-    It starts from data that the article gives. When the reader lets a pole go, the
-    address follows.
+    It starts from data that the article gives. Where these are poles, the address may
+    set others, and follows when the reader lets one go.
     """
     key, asked = f"{figure.name}.poles", st.query_params.get(f"{figure.name}.poles", "")
     draw = None if figure.data else studio.article().FIGURES[figure.name]
     data = json.loads(figure.data) if figure.data else draw.data()
-    first = read_rows(asked) or data["poles"]
-    data["poles"] = st.session_state.setdefault("poles at first", first)
+    if "poles" in data:
+        first = read_rows(asked) or data["poles"]
+        data["poles"] = st.session_state.setdefault("poles at first", first)
     frame = web(f"{figure.name}.html").replace("CAPTION", escape(figure.words))
-    css, js = web(f"{figure.name}.css"), web(f"{figure.name}.js")
+    css, js = (web(f"plot.{k}") + web(f"{figure.name}.{k}") for k in ("css", "js"))
     mount = st.components.v2.component(figure.name, html=frame, css=css, js=js)
     # A list, as in a dict Streamlit looks for data frames, and imports pandas for that.
     poles = mount(key=figure.name, data=[data], on_poles_change=lambda: None).poles
