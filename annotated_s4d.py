@@ -5286,9 +5286,12 @@ if RUN:
 
 
 # %% [markdown]
-# PROSE
-#
-# Its $\Delta$ shows how it does that.
+# The selective layer, with a fifth of the parameters of the smaller S4D, leaves 0.06%, and
+# 0.12% on rows eight times as long as those it was trained on. Two layers of S4D leave
+# 24%, four leave 7%: depth and the FFN make up for a good part of what the layer lacks.
+# On the long rows they leave 58% and 116%, and one of the three seeds with four layers
+# is worse than the answer zero. What they have built holds for the length that they have
+# seen. ($\Delta$ shows how the selective layer does it.)
 
 # %%
 @figure(seed=[0, 1, 2])
@@ -5415,8 +5418,8 @@ def held_irregularly(seed=0):
 # or two say little.
 #
 # *What stands: S4D is an S5 with block-diagonal matrices, and from real poles a Mamba
-# whose gate is frozen. Exercise: one channel, one mode, $A = -1$, $B = C = 1$. Which $\Delta$ solves
-# sample and hold, as a function of the mark?*
+# whose gate is frozen. Exercise: one channel, one mode, $A = -1$, $B = C = 1$. Which
+# $\Delta$ solves sample and hold, as a function of the mark?*
 
 # %% tags=["answer"] jupyter={"source_hidden": true, "outputs_hidden": true}
 # Any that is large at a mark and next to nothing elsewhere, softplus(40 m - 20) say:
@@ -5573,6 +5576,8 @@ if RUN:
 #   Polynomial Projections](https://arxiv.org/abs/2008.07669). 2020.
 # - K. Goel, A. Gu, C. Donahue, C. Ré. [It's Raw! Audio Generation with State-Space
 #   Models](https://arxiv.org/abs/2202.09729). 2022. (the stable form of S4)
+# - A. Gu, T. Dao. [Mamba: Linear-Time Sequence Modeling with Selective State
+#   Spaces](https://arxiv.org/abs/2312.00752). 2023.
 # - J. T. H. Smith, A. Warrington, S. W. Linderman. [Simplified State Space Layers for
 #   Sequence Modeling](https://arxiv.org/abs/2208.04933). 2022. (S5, the parallel scan,
 #   samples at irregular times)

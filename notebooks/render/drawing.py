@@ -74,6 +74,7 @@ def panel(ax, height, pale=()):
     shape = f"height: {height:.0f}px" if free else f"aspect-ratio: {width / depth:.3f}"
     strip = not free and width > 2 * depth  # on a phone as wide as the screen
     shape += "; max-width: none" if strip else ""
+    shape += "" if ax.spines["left"].get_visible() else "; border: 0"
     named = [v for v in ax.lines if ax.get_legend() and v.get_label()[0] != "_"]
     pictures = "".join(map(pixels, ax.images))
     marks = "".join(map(points, ax.lines)) + "".join(map(note, ax.texts))
