@@ -516,9 +516,8 @@ if RUN:
 # \bar B = \big(I - \tfrac{\Delta}{2} A\big)^{-1} \Delta B .
 # $$
 #
-# The price is an error at every sample. And where a single number $A = -a$ fades so fast
-# that $\Delta a > 2$, its $\bar A = (1 - \Delta a / 2) / (1 + \Delta a / 2)$ is negative: what
-# should fade changes its sign from step to step.
+# The price is an error at every sample, and what becomes of modes that fade fast; Part 5
+# draws it.
 
 # %%
 METHODS = ("zoh", "bilinear")
@@ -3493,11 +3492,9 @@ def drawn_rows(n, epochs, batch_size, rng, whole=True):
 
 # %% [markdown]
 # The images are few, and a model of this size could learn them by heart. So every image
-# is nudged half of the time: moved by up to one pixel, anew each time it comes. Whoever
-# wants to break off and go on later gives a NumPy generator in place of the seed, and
-# notes its state. The orders are drawn first, all of them, and what is drawn for the
-# nudges comes after. So a copy of the generator makes the orders when they are needed,
-# while the generator itself has gone past them.
+# is nudged half of the time: moved by up to one pixel, anew each time it comes. (All
+# orders are drawn before the nudges, from a copy of the generator, so that a training
+# which was broken off can go on from the generator's state; `notebooks/training.py` does.)
 
 # %%
 import copy
