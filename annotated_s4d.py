@@ -227,14 +227,14 @@ def hero():
 # ### How to read the code
 #
 # The mathematics is [JAX](https://docs.jax.dev), the modules are
-# [Flax NNX](https://flax.readthedocs.io). SciPy gives second opinions, test signals
-# and one probability; no model needs it. JAX is NumPy, here called `jnp`, that also
+# [Flax NNX](https://flax.readthedocs.io). SciPy gives second opinions, test signals and
+# one probability; no model needs it. JAX is NumPy, here called `jnp`, that also
 # differentiates and compiles. Random numbers come from a *key*, the same from the same
 # key. Arrays never change: `a.at[i].set(v)` is a changed copy. Numbers have 32 bits,
 # unless one asks for 64. `@compiled` is JAX's own `jax.jit`: it makes one program of a
-# function, anew for each shape of its arguments. Where JAX is told to refuse sums and
-# products of arrays whose shapes or types differ, on which the formulas of this page
-# count, `@broadcasting` allows them.
+# function, anew for each shape of its arguments. The formulas of this page combine
+# arrays of different shapes and types; `@broadcasting` allows that where JAX is told to
+# refuse it.
 #
 # Folded above are imports and a few tools. `agree` prints the largest difference of two
 # outputs as a share of the largest value, and stops the page if that is too much.
@@ -288,12 +288,13 @@ def compiled(f):
 # | $K$ | `K` | `(..., L)` | the convolution kernel |
 # | $N, H, L$ | `N`, `H`, `L` | | size of the state, number of channels, length |
 #
-# Counters are $k$ (the sample), $l$ (the age of an input, in samples) and $n$ (the mode).
-# A raised star is a conjugate, $C_n^*$, of a matrix the conjugate transpose, $V^*$; a star
-# between two sequences is their convolution, $K * u$, and $\circledast$ the one on a circle.
-# A bar means "from sample to sample". $\Re$ and $\Im$ are real and imaginary part. Letters
-# that are not in this table, such as $s$, $w$ and $z$, hold for one section, which says
-# what they are.
+# Counters are $k$ (the sample), $l$ (the age of an input in samples; in sequences
+# without ages, the place) and $n$ (the mode, one number of the state, from Part 5 on).
+# A raised star is a conjugate, $C_n^*$, of a matrix the conjugate transpose, $V^*$; a
+# star between two sequences is their convolution, $K * u$, and $\circledast$ the one on
+# a circle. A bar means "from sample to sample". $\Re$ and $\Im$ are real and imaginary
+# part. Letters that are not in this table, such as $s$, $w$ and $z$, hold for one
+# section, which says what they are.
 #
 # *The page now builds everything in that picture, starting with a spring.*
 
@@ -506,10 +507,10 @@ if RUN:
 # = \begin{pmatrix} \bar A & \bar B \\ 0 & 1 \end{pmatrix}.
 # $$
 #
-# Beside it we put the **bilinear** rule, which the first S4 paper used, because it never
-# exponentiates: a linear solve is all that it needs. It lets the slope over an interval be the mean of the slopes at its two
-# ends, $x_{k} - x_{k-1} = \tfrac{\Delta}{2} A (x_{k} + x_{k-1}) + \Delta B u_k$, and
-# solves for $x_{k}$:
+# Beside it we put the **bilinear** rule, which the first S4 paper used, because it
+# never exponentiates: a linear solve is all that it needs. It lets the slope over an
+# interval be the mean of the slopes at its two ends, $x_{k} - x_{k-1} =
+# \tfrac{\Delta}{2} A (x_{k} + x_{k-1}) + \Delta B u_k$, and solves for $x_{k}$:
 #
 # $$
 # \bar A = \big(I - \tfrac{\Delta}{2} A\big)^{-1} \big(I + \tfrac{\Delta}{2} A\big), \qquad
@@ -871,7 +872,7 @@ if RUN:
 # contribute $\tilde C_n \tilde x_n$ and its conjugate, whose sum is
 #
 # $$
-# \tilde C_n \tilde x_n + \overline{\tilde C_n \tilde x_n} = 2 \,\Re \big( \tilde C_n \tilde x_n \big) .
+# \tilde C_n \tilde x_n + (\tilde C_n \tilde x_n)^* = 2 \,\Re \big( \tilde C_n \tilde x_n \big) .
 # $$
 #
 # So we keep one of each pair, $N/2$ complex numbers, and write $2\,\Re$ at the end.
@@ -963,9 +964,8 @@ def s4d_discretize(A, B, dt, method="zoh"):
 # But zero-order hold turns by the true angle, full turns included, so that fast poles
 # come round to meet slow ones. The bilinear rule squeezes all frequencies into one
 # turn, and bends them to do so. Watch the real pole, $A = -8$. Held, it fades, whatever
-# $\Delta$. The bilinear rule makes it $(1 - 4\Delta)/(1 + 4\Delta)$, which is negative
-# as soon as $\Delta |A| > 2$: a mode that could only fade now changes its sign at every
-# step.
+# $\Delta$. Under the bilinear rule it is $(1 - 4\Delta)/(1 + 4\Delta)$, negative as
+# soon as $\Delta |A| > 2$, as Part 2 foretold.
 
 # %%
 @figure(dt=(0.02, 0.6))
@@ -1052,9 +1052,9 @@ def rows_and_sum(modes=4, seed=2):
 
 
 # %% [markdown]
-# The recurrence of Part 3 becomes elementwise as well. (Part 6 will need two
-# refinements: `A_rest`, which is zero until then, and `timed`, for a system that is
-# another one at every step.)
+# The recurrence of Part 3 becomes elementwise as well. (Two of its arguments wait for
+# later: `A_rest`, what rounding cuts off $\bar A$, which is zero for now, and `timed`,
+# for a system that is another one at every step, as in Part 14.)
 
 # %%
 @compiled
@@ -1147,7 +1147,7 @@ def one_mode(decay=1.0, frequency=6.24):
 # Feed the continuous system a pure oscillation $e^{i\omega t}$ for long enough, and it
 # answers with the same oscillation times a number $G(i\omega)$. Put
 # $x_n(t) = \hat x_n e^{i\omega t}$ into $x_n' = A_n x_n + B_n u$ to find
-# $\hat x_n = B_n / (i\omega - A_n)$, and so, with a star for the conjugate,
+# $\hat x_n = B_n / (i\omega - A_n)$, and so
 #
 # $$
 # G(i\omega) = \sum_n \frac{C_n B_n}{i\omega - A_n} + \frac{C_n^* B_n^*}{i\omega - A_n^*} .
@@ -1248,8 +1248,8 @@ if RUN:
 # A layer has a kernel for each of its channels, and needs them anew at every training
 # step, since the parameters have moved. Two computations carry the cost: the
 # convolution, $L^2$ multiplications by the definition, and the kernel, $N L/2$ complex
-# powers. Both can be had for much less. For each we keep the plain form above, write
-# the fast one, ask whether they agree, and time both.
+# powers. For each we keep the plain form above, write the fast one, ask whether they
+# agree, and time both.
 
 # %%
 import time
@@ -1298,9 +1298,8 @@ def padded_conv(u, K):
 
 
 # %% [markdown]
-# On the spring the damage is plain to see. The hand still shakes the mass when the
-# samples end, and what should follow after the end appears at the beginning, before
-# anything has touched the mass.
+# On the spring the damage is plain to see: what should follow after the end appears at
+# the beginning, before anything has touched the mass.
 
 # %%
 @figure(steps=[60, 80, 100, 120, 140, 160, 180, 200])
@@ -1324,14 +1323,13 @@ def wraparound(steps=140):
 # %% [markdown]
 # ### Let it wrap, but mark it
 #
-# Padding keeps the tail away from the head by making room for both. But the tail does
-# no harm if we can tell it from the head afterwards. So mark it. Turn sample $l$ of
-# both $u$ and $K$ by an angle that grows from nothing to a quarter turn over the
-# sequence: multiply by $w^l$ with $w = e^{i\pi/2L}$. A product $K_j u_m$ is then turned
-# by $w^{j+m}$. In the head, where $j + m = l$, we undo the turn and the product is real
-# again. In the tail, $j + m = l + L$: undoing $w^l$ leaves $w^L = i$. A quarter turn
-# remains. With $\hat u_l = w^l u_l$, $\hat K_l = w^l K_l$, and $\circledast$ for the
-# convolution on the circle,
+# Padding makes room for the tail. But the tail does no harm if we can tell it from the
+# head afterwards. So mark it. Turn sample $l$ of both $u$ and $K$ by an angle that
+# grows from nothing to a quarter turn over the sequence: multiply by $w^l$ with
+# $w = e^{i\pi/2L}$. A product $K_j u_m$ is then turned by $w^{j+m}$. In the head, where
+# $j + m = l$, we undo the turn and the product is real again. In the tail,
+# $j + m = l + L$: undoing $w^l$ leaves $w^L = i$. A quarter turn remains. With
+# $\hat u_l = w^l u_l$ and $\hat K_l = w^l K_l$,
 #
 # $$
 # w^{-l} \big( \hat K \circledast \hat u \big)_l
@@ -1340,10 +1338,10 @@ def wraparound(steps=140):
 # $$
 #
 # The real part is the answer, and nothing was padded. (In the language of polynomials,
-# padding multiplies modulo $z^{2L} - 1$, and the twist multiplies modulo $z^L - i$.) A
-# complex transform of length $L$ has as many multiplications as a real one of length
-# $2L$. What is saved is the making, moving and cutting off of zeros, and how much that
-# is depends on the FFT library and on the sizes.
+# padding multiplies modulo $z^{2L} - 1$, the twist modulo $z^L - i$.) A complex
+# transform of length $L$ has as many multiplications as a real one of length $2L$. What
+# is saved is the making, moving and cutting off of zeros; how much that is depends on
+# the FFT library and on the sizes.
 
 # %%
 @compiled
@@ -1362,10 +1360,9 @@ def causal_conv(u, K):
 
 
 # %% [markdown]
-# See the mark at work on the spring. Without a turn, at 0 degrees, the tail lies on the
-# head and cannot be told from it. As the turn over the sequence grows to 90 degrees,
-# the tail leaves the real part with the cosine of that angle, and enters the imaginary
-# part with its sine.
+# See the mark at work on the spring. As the turn over the sequence grows from 0 to 90
+# degrees, the tail leaves the real part with the cosine of that angle, and enters the
+# imaginary part with its sine.
 
 # %%
 @figure(degrees=(0, 90))
@@ -1391,9 +1388,8 @@ def marked_tail(degrees=90):
 
 
 # %% [markdown]
-# All three on the spring, cut after 140 samples while the mass still swings. The last
-# line compares their speed where it counts, on a batch of 16 sequences with 64 channels
-# and 1,024 samples.
+# All three on the spring, cut after 140 samples. The last line compares their speed
+# where it counts, on a batch of 16 sequences with 64 channels and 1,024 samples.
 
 # %%
 if RUN:
@@ -1413,11 +1409,10 @@ if RUN:
 #
 # Now the kernel. For 256 channels with 32 modes each and 1,024 steps the Vandermonde
 # matrices hold $256 \cdot 32 \cdot 1024$ powers, more than eight million. Yet each row
-# is determined by a single number. There must be a way to make some of them from
-# others.
+# is determined by a single number, so some powers can be made from others.
 #
-# A clock has one. It names the 3,600 seconds of an hour with 60 minutes and 60 seconds:
-# two short lists, and every pair is a moment. Write the step likewise as
+# A clock shows how. It names the 3,600 seconds of an hour with 60 minutes and 60
+# seconds: two short lists, and every pair is a moment. Write the step likewise as
 # $l = g\,b + j$, with $b$ close to $\sqrt L$. Then
 #
 # $$
@@ -1428,9 +1423,8 @@ if RUN:
 
 # %% [markdown]
 # Here is such a clock for the spring's pole, with 64 steps in the second, in which it
-# turns almost once: eight hours of eight minutes. A product of complex numbers adds
-# their angles and multiplies their lengths, so the minute hand goes on where the hour
-# hand stands. Sixteen entries point at 64 powers.
+# turns almost once. A product of complex numbers adds their angles and multiplies their
+# lengths, so the minute hand goes on where the hour hand stands.
 
 # %%
 @figure(l=(0, 63))
@@ -1454,8 +1448,8 @@ def two_tables_as_a_clock(l=29):
 
 
 # %% [markdown]
-# What remains is a sum over the modes
-# of products of an entry for $g$ with an entry for $j$, which is a matrix product:
+# What remains is a sum over the modes of products of an entry for $g$ with an entry for
+# $j$, which is a matrix product:
 #
 # $$
 # K_{gb + j} = \Re \sum_n
@@ -1464,12 +1458,12 @@ def two_tables_as_a_clock(l=29):
 # = \sum_n \big( \Re X_{ng} \, \Re Y_{nj} - \Im X_{ng} \, \Im Y_{nj} \big) .
 # $$
 #
-# Of $N L/2$ powers, $N \sqrt L$ are left. The rest is multiplications and additions,
-# arranged in the way that processors are built for. Stack real above imaginary parts,
-# and it is one real matrix product per channel. In the code $W_n = C_n \bar B_n$ are
-# the weights of the modes, and `pole_powers(A, dt, k)` is $\bar A^k = e^{k \Delta A}$ for
-# a list of exponents, `exp(dt * A * k)` in one line. (The starred section after this
-# one writes it so that no digits are lost.)
+# Of $N L/2$ powers, $N \sqrt L$ are left. The rest is multiplications and additions:
+# with real stacked above imaginary parts, one real matrix product per channel, which
+# processors are built for. In the code $W_n = C_n \bar B_n$ are the weights of the
+# modes, and `pole_powers(A, dt, k)` is $\bar A^k = e^{k \Delta A}$ for a list of
+# exponents, `exp(dt * A * k)` in one line. (The starred section after this one writes
+# it so that no digits are lost.)
 
 # %%
 import math
@@ -1493,8 +1487,8 @@ def mode_sum(W, A, dt, L, method="zoh"):
 
 
 # %% [markdown]
-# The kernel of S4D is the sum with the weights $C_n \bar B_n$. This is the function
-# that the layer will use.
+# The kernel of S4D, as the layer will use it, is this sum with the weights
+# $C_n \bar B_n$:
 
 # %%
 @compiled
@@ -1635,8 +1629,8 @@ if RUN:
 # %% [markdown]
 # ### The fast kernel on the spring
 #
-# It must give what the definition gave. The second line compares their times for 64
-# channels with 32 modes each and 1,024 steps.
+# The fast kernel must give what the definition gave. The second line compares their
+# times for 64 channels with 32 modes each and 1,024 steps.
 
 # %%
 if RUN:
@@ -1652,10 +1646,10 @@ if RUN:
 # %% [markdown]
 # ### Every state, in parallel
 #
-# The convolution gives the outputs and no state. Sometimes one wants the states at all
-# times: to look inside, or to go on from any of them. The recurrence gives them one
-# after the other. A *parallel scan*, which is how S5 (Smith, Warrington and Linderman,
-# 2022) trains, needs only some $2 \log_2 L$ rounds.
+# The convolution gives the outputs and no state. To look inside a sequence, or to go on
+# from any place in it, one wants the states at all times. A *parallel scan*, which is
+# how S5 (Smith, Warrington and Linderman, 2022) trains, needs only some $2 \log_2 L$
+# rounds.
 #
 # The trick is to see a step $x \mapsto a\,x + v$ as a thing of its own, a pair
 # $(a, v)$. First $(a_1, v_1)$ and then $(a_2, v_2)$ is again such a step:
@@ -1665,8 +1659,8 @@ if RUN:
 # $$
 #
 # Steps are functions, and composing functions is associative. So neighbours can be
-# combined in pairs, all pairs at once, then pairs of pairs. `jax.lax.associative_scan`
-# does the bookkeeping. The products of the $a$ are squares of squares, and each
+# combined in pairs, all pairs at once, then pairs of pairs, by
+# `jax.lax.associative_scan`. The products of the $a$ are squares of squares, and each
 # squaring doubles their relative error: they alone are kept in double precision.
 
 # %%
@@ -1701,8 +1695,8 @@ def s4d_scan(A_bar, B_bar, C, u, x0=None, A_rest=0.0, timed=False):
 
 
 # %% [markdown]
-# On the spring the scan must give the recurrence's outputs, its state after 77 samples,
-# and, started from that state, the rest of the outputs.
+# It must give the recurrence's outputs, its state after 77 samples, and, started from
+# that state, the rest of the outputs.
 
 # %%
 if RUN:
@@ -1759,8 +1753,8 @@ if RUN:
 # %% [markdown]
 # ### What it costs
 #
-# For one channel, in orders of magnitude; the last column says how many computations
-# must wait for each other.
+# For one channel, in orders of magnitude. The last column says how many computations
+# stand in a row, each waiting for the one before.
 #
 # | | work | memory | in a row |
 # |:--|:-----|:-------|:---------|
@@ -1770,10 +1764,8 @@ if RUN:
 # | output, by parallel scan | $N L$ | $N L$ | $\log L$ |
 # | output, by recurrence | $N L$ | $N + L$ | $L$ |
 #
-# The picture shows the fastest of several calls on the machine that drew it, for 32
-# channels. Both axes are logarithmic. It was drawn on few cores, and there the
-# parallel scan loses even to the recurrence: it does more work in all, which only many
-# cores could repay.
+# The picture was drawn on few cores, for 32 channels. There the parallel scan loses
+# even to the recurrence: it does more work in all, which only many cores could repay.
 
 # %%
 @functools.cache
@@ -1793,8 +1785,9 @@ def costs(L, N=64, H=32):
 
 
 # %% [markdown]
-# Expect the time of the plain kernel to grow with $L$, and that of the tables much more
-# slowly. Among the outputs the FFT won at every length where this page was written.
+# Both axes are logarithmic. The time of the plain kernel should grow with $L$, that of
+# the tables much more slowly. Among the outputs the FFT won at every length where this
+# page was written.
 
 # %%
 @figure(N=[8, 64, 128], times=True)
@@ -1817,8 +1810,8 @@ def cost_against_length(N=64):
 
 
 # %% [markdown]
-# *What stands: the same kernel and the same convolution as before, faster and more
-# exact, and the state at every step when we want it. Exercise: the tables also work
+# *What stands: the same kernel and the same convolution as before, but fast, and the
+# state at every step when we want it. Exercise: the tables also work
 # with three digits, $l = g b^2 + h b + j$: join two of them, then multiply with the
 # third. Count powers and multiplications for $N = 64$. If a power costs forty
 # operations, is it worth it?*
@@ -1843,19 +1836,17 @@ if RUN:
 # %% [markdown]
 # ## Part 7: Where to start
 #
-# A layer learns its poles by gradient descent. Where should it start? The kernels that
-# a layer can make from its first poles decide what it can remember at first. Poles on
-# the real axis are the obvious thought, and a poor one: their modes can only fade.
-# Poles at random frequencies can swing, but nothing says that they will cover what is
-# needed.
+# A layer learns its poles by gradient descent. Where should it start? The first poles
+# decide what it can remember at first. Poles on the real axis are the obvious thought,
+# and a poor one: their modes can only fade. Poles at random frequencies can swing, but
+# nothing says that they will cover what is needed.
 
 # %% [markdown]
 # ### A memory made of polynomials
 #
 # HiPPO, for *high-order polynomial projection operators* (Gu, Dao, Ermon, Rudra and Ré,
-# 2020), asked it the other way round. *Suppose the
-# state should be the best possible summary of the whole past. What must $A$ and $B$
-# be?*
+# 2020), turned the question round. *Suppose the state should be the best possible
+# summary of the whole past. What must $A$ and $B$ be?*
 #
 # First fit all of the past into a finite interval. What is $a$ seconds old goes to the
 # place $s = e^{-a}$: the present is at $s = 1$, the distant past near $s = 0$. There,
@@ -1878,11 +1869,10 @@ if RUN:
 # \qquad B_n = \sqrt{2n+1} .
 # $$
 #
-# (In HiPPO itself both are divided by the time since the start, and the past is
-# stretched evenly. S4 left the division out. That its memory then is the one above,
-# Legendre polynomials in $e^{-a}$, was found afterwards: *How to Train Your HiPPO*, Gu,
-# Johnson, Timalsina, Rudra and Ré, 2022.) The next cell compares $e^{aA}B$ with the
-# polynomials.
+# (HiPPO itself divides both by the time since the start, and stretches the past evenly.
+# S4 left the division out. That its memory then is the one above, Legendre polynomials
+# in $e^{-a}$, was found afterwards: *How to Train Your HiPPO*, Gu, Johnson, Timalsina,
+# Rudra and Ré, 2022.)
 
 # %%
 def hippo_legs(N):
@@ -1893,7 +1883,8 @@ def hippo_legs(N):
 
 
 # %% [markdown]
-# The polynomials come from SciPy, the exponential too.
+# We compare $e^{aA}B$ with the polynomials, both by SciPy, and count for later how many
+# times the eigenvectors of $A$ magnify a rounding error (their *condition*).
 
 # %%
 if RUN:
@@ -1908,10 +1899,9 @@ if RUN:
 
 # %% [markdown]
 # So the state of LegS is a picture of the past, and can be developed. Let it listen to
-# the force of Part 1 until some moment. Its $N$ numbers are then the components of what
-# it has heard, and $\sum_n x_n \sqrt{2n+1}\,P_n(2e^{-a} - 1)$ is what it believes of
-# the force $a$ seconds ago. As HiPPO sees it, all of the past is one interval, most of
-# which belongs to the last seconds; what is old must share what is left.
+# the force of Part 1 until some moment: $\sum_n x_n \sqrt{2n+1}\,P_n(2e^{-a} - 1)$ is
+# what it then believes of the force $a$ seconds ago. Most of its interval belongs to
+# the last seconds; what is old must share what is left.
 
 # %%
 @functools.cache
@@ -1947,11 +1937,10 @@ def hippo_memory(moment=5.6):
 # ### From LegS to a diagonal
 #
 # LegS is triangular, and so its eigenvalues stand on its diagonal: $-1, -2, \dots, -N$,
-# all real. Its modes are the fading curves that we wanted to avoid. How can it
-# remember? By adding and subtracting them with enormous weights, out of which
-# polynomials appear. In floating point that is hopeless: the last line above prints how
-# many times a rounding error is magnified on the way to the eigenvectors and back. LegS
-# must not be diagonalized.
+# all real. Its modes are the fading curves that we wanted to avoid. It remembers by
+# adding and subtracting them with enormous weights, out of which polynomials appear. In
+# floating point that is hopeless, as the condition printed above says. LegS must not be
+# diagonalized.
 #
 # But it is *almost* a matrix that can be. What does the memory itself think of the
 # present? At $s = 1$ all $P_n$ are 1, so the fitted curve has the value
@@ -1976,17 +1965,17 @@ def hippo_memory(moment=5.6):
 # keeps the other term, $-\tfrac12 B B^\top$, a matrix of rank one, and needs a
 # complicated kernel for it. **S4D-LegS drops it**: all real parts are $-\tfrac12$, and
 # the frequencies are those of $S$, of which we keep the positive half. A layer keeps
-# these poles and nothing else. It starts from $B_n = 1$ and random $C_n$. So what it
-# has of LegS is not the memory itself but the modes that memory is made of: frequencies
-# from slow to fast, that do not soon repeat together, all fading alike. Which sums of
-# them to form it must learn. What such a spread is worth, beside poles drawn at random,
-# is measured at the end of this part and in Part 13.
+# only these poles; it starts from $B_n = 1$ and random $C_n$. So what it has of LegS is
+# not the memory itself but its modes: frequencies from slow to fast, that do not soon
+# repeat together, all fading alike. Which sums of them to form it must learn. What such
+# a spread is worth, beside poles drawn at random, is measured at the end of this part
+# and in Part 13.
 #
-# The approximation gets better as $N$ grows (S4D paper, theorem 3), in a weak sense: Yu
-# and others (2023) prove that it converges weakly and not strongly. In the picture
-# below the *responses* to a smooth input meet, and the *kernels* do not, although
-# eigenvectors and $B/2$ are in place. The diagonal kernel carries a ripple. With
-# $N$ it gets faster and not smaller, and a smooth input averages it away.
+# The approximation gets better as $N$ grows (S4D paper, theorem 3), in a weak sense: it
+# converges weakly and not strongly, as Yu and others (2023) prove. In the picture below
+# the *responses* to a smooth input meet. The *kernels* do not, even with the right
+# eigenvectors and $B/2$: a ripple stays, which with $N$ gets faster and not smaller,
+# and which a smooth input averages away.
 
 # %%
 def legs_normal(N):
@@ -1997,9 +1986,8 @@ def legs_normal(N):
 
 
 # %% [markdown]
-# With the eigenvectors $V$ of the skew-symmetric part the kernels of the diagonal
-# system are $V e^{t\Lambda} V^* B/2$, where $V^*$ is the conjugate transpose. Beside
-# them we put the polynomials that they should be.
+# With the eigenvectors $V$ of $S$ the kernels of the diagonal system are
+# $V e^{t\Lambda} V^* B/2$. Beside them we put the polynomials that they should be.
 
 # %%
 def legs_and_diagonal(N, t):
@@ -2028,10 +2016,10 @@ def legs_against_diagonal(N=16, state=1):
 
 
 # %% [markdown]
-# Both are true for one reason. We replaced $B^\top x$ by $u$, and may do so as far as
-# the memory fits a curve that ends in $u$. A slow sine is fitted by a few polynomials,
-# and the better, the more there are. But a kernel is the response to a blow, and no
-# polynomial fits a blow.
+# Why do responses meet, and kernels not? We replaced $B^\top x$ by $u$, and may do so
+# as far as the memory fits a curve that ends in $u$. A slow sine is fitted by a few
+# polynomials, and the better, the more there are. But a kernel is the response to a
+# blow, and no polynomial fits a blow.
 
 # %% [markdown]
 # ### ★ Another term of rank one
@@ -2145,17 +2133,15 @@ def dropping_a_term(omega=2.0, seed=0):
 # %% [markdown]
 # ### Simpler starting points
 #
-# Once the poles need not come from LegS, they may be written down. S4D-Inv fits the
-# frequencies of LegS by a formula, few fast modes and many slow ones. S4D-Lin spaces
-# them evenly, like a Fourier series. Here is each by its name, for
-# $n = 0 \dots N/2 - 1$:
+# Once the poles need not come from LegS, they may be written down, for
+# $n = 0 \dots N/2 - 1$. (The paper says S4D-Inv for `inv`, and so on.)
 #
 # | name | pole $A_n$ | idea |
 # |:-----|:-----------|:-----|
 # | `legs` | $-\tfrac12 +$ eigenvalue of $S$ | the skew-symmetric part of HiPPO-LegS |
-# | `inv` | $-\tfrac12 + i \tfrac{N}{\pi} \big( \tfrac{N}{2n+1} - 1 \big)$ | a formula close to `legs` |
+# | `inv` | $-\tfrac12 + i \tfrac{N}{\pi} \big( \tfrac{N}{2n+1} - 1 \big)$ | a formula close to `legs`: few fast modes, many slow ones |
 # | `inv2` | $-\tfrac12 + i \tfrac{N}{\pi} \big( \tfrac{N}{n+1} - 1 \big)$ | a variant without slow modes |
-# | `lin` | $-\tfrac12 + i \pi n$ | evenly spaced frequencies |
+# | `lin` | $-\tfrac12 + i \pi n$ | evenly spaced frequencies, as in a Fourier series |
 # | `quad` | $-\tfrac12 + i (1 + 2n)^2 / \pi$ | most of them fast |
 # | `rand` | $-\tfrac12 + i\, e^{\mathcal N(0, 1)}$ | frequencies without a plan |
 # | `real` | $-(n + 1)$ | no frequency at all |
@@ -2260,10 +2246,9 @@ def kernel_and_spectrum(init="legs", N=16, log10_dt=-2.0):
 #
 # What is a set of modes good for? A demanding task is a *delay*: output what came in
 # 512 steps ago. Its kernel would be a spike at $l = 512$. We ask for a narrow bump
-# there, some 40 steps wide, which is what a delay of a smooth signal needs, and see how
-# close a weighted sum of 32 modes comes to it, by least squares over the weights $C$,
-# before anything is learned. The cell prints what is left of the bump for four steps
-# $\Delta$.
+# there, some 40 steps wide, which is what a delay of a smooth signal needs, and fit it
+# with a weighted sum of 32 modes, by least squares over the weights $C$, before
+# anything is learned. The cell prints what is left of the bump for four steps $\Delta$.
 
 # %%
 def delay_fit(name, N=64, L=1024, dt=1 / 512, width=16):
@@ -2287,9 +2272,7 @@ if RUN:
 
 
 # %% [markdown]
-# In the picture $\Delta = 2^{-9}$. Real modes only fade, and these random ones are
-# slow: no weights that double precision finds make a narrow bump of them, so far in the
-# past.
+# The same for $\Delta = 2^{-9}$ as a picture:
 
 # %%
 @figure(width=(8, 64), log2_dt=(-11, -7))
@@ -2310,20 +2293,20 @@ def memory_of_a_delay(width=16, log2_dt=-9):
 # %% [markdown]
 # Frequencies spread over the right range make a memory. `lin` is perfect where its
 # range fits the task: at $\Delta = 2^{-9}$ its modes have 0, 1, 2, ... full turns in
-# 1,024 steps, a Fourier series. At twice that $\Delta$ all of them repeat after 512
-# steps, so that a bump at 512 demands another at 0, and the fit fails. The frequencies
-# of `legs` and `inv` do not soon repeat together. `inv2` has no slow modes: it is good at
-# the two smallest $\Delta$, which slow its modes down, and useless at the two largest.
-# `quad` has only few slow modes.
+# 1,024 steps. At twice that $\Delta$ all of them repeat after 512 steps, so that a bump
+# at 512 demands another at 0, and the fit fails. The frequencies of `legs` and `inv` do
+# not soon repeat together. `inv2` has no slow modes: it is good at the two smallest
+# $\Delta$, which slow its modes down, and useless at the two largest. `quad` has only
+# few slow modes.
 #
-# All this is what double precision can find. The modes of `rand`, $e^{\mathcal N(0,1)}$,
-# lie around one radian per second, slow and much alike. Weights that make a narrow bump of
-# them exist. But they are enormous and cancel each other: double precision does not find
-# them, and a layer in float32 could not hold them (Part 13 finds them, with 300 digits).
-# `real` fails at all four, whatever the weights. Its poles are the slower half of LegS's
-# own, so a sum of its modes is $e^{-t}$ times a polynomial in $e^{-t}$, of degree 31. In a
-# basis that loses no digits, Legendre's once more, least squares finds the best of them,
-# and the bump is too narrow and too far back for any:
+# All this is what double precision can find. The modes of `rand` lie around one radian
+# per second, slow and much alike. Weights that make a narrow bump of them exist (Part
+# 13 finds them, with 300 digits), but they are enormous and cancel each other: double
+# precision does not find them, and a layer in float32 could not hold them. `real` fails
+# at all four, whatever the weights. Its poles are the slower half of LegS's own, so a
+# sum of its modes is $e^{-t}$ times a polynomial in $e^{-t}$, of degree 31. In a basis
+# that loses no digits, Legendre's once more, least squares finds the best of them, and
+# the bump is too narrow and too far back for any:
 
 # %%
 if RUN:
@@ -2355,27 +2338,24 @@ if RUN:
 # %% [markdown]
 # ## Part 8: The layer
 #
-# All the mathematics is in place; what follows makes it learn. A layer runs $H$ systems
-# side by side, one for each channel of its input, each with parameters of its own.
-# Gradient descent will push the parameters anywhere it likes, so each is stored in a
-# form in which every value is allowed:
+# A layer runs $H$ systems side by side, one for each channel of its input, each with
+# parameters of its own. Gradient descent will push these anywhere it likes, so each is
+# stored in a form in which every value is allowed:
 #
 # - $\Re A$ must be negative. We store its logarithm, $\Re A = -e^{\texttt{log\_A\_real}}$.
 # - $\Delta$ was the time between two samples. But only the products $\Delta A$ and
-#   $\Delta B$ matter, so a layer need not know that time: each channel learns a $\Delta$ of
-#   its own, and with it how far it looks back. It must be positive, and matters by its
-#   order of magnitude. We store `log_dt`, and start it anywhere between 0.001 and 0.1,
-#   evenly in the logarithm: a channel with a small $\Delta$ sees far into the past, one
-#   with a large $\Delta$ is sharp.
+#   $\Delta B$ matter, so a layer need not know that time: each channel learns a
+#   $\Delta$ of its own, and with it how far it looks back. It must be positive. We
+#   store `log_dt`, and start $\Delta$ between 0.001 and 0.1, evenly in the logarithm: a
+#   channel with a small $\Delta$ sees far into the past, one with a large one is sharp.
 # - $B$ and $C$ are complex. They are stored as pairs of real numbers, which every optimizer
 #   understands.
 # - $D$, the wire from Part 1, is a real number per channel.
 #
-# All of them learn, $B$ included. In a module of Flax what learns is an `nnx.Param`, and
-# `rngs` hands out the keys for what starts at random. The method `system` at the end
-# turns the stored numbers into a system that is allowed. They may have been stored in
-# another precision than the one we compute in, half of it to save memory, or the usual
-# one before `jax_enable_x64` was switched on. So they are cast first:
+# All of them learn, $B$ included. In a module of Flax what learns is an `nnx.Param`,
+# and `rngs` hands out the keys for what starts at random. The method `system` at the
+# end turns the stored numbers into a system that is allowed. They may have been stored
+# in another precision than the one we compute in, so they are cast first:
 
 # %%
 def precise(p):
@@ -2446,9 +2426,8 @@ class DiagonalSSM(nnx.Module):
 # A layer can be *called* on whole sequences, which trains it. It can *step*: one sample
 # and a state in, one output and a state out. And it can *advance*: a chunk of any
 # length and a state in, the chunk's outputs and a state out, by convolution. The
-# contract is that they agree, however a sequence is cut. Stepping we have. Advancing
-# from a state $x$ needs two more formulas. Unroll the recurrence from $x$ instead of
-# zero:
+# contract is that they agree, however a sequence is cut. Stepping is the recurrence.
+# For advancing, unroll it from a state $x$ instead of zero:
 #
 # $$
 # y_l = 2\,\Re \sum_n C_n \bar A_n^{\,l+1} x_n + (K * u)_l ,
@@ -2521,8 +2500,7 @@ def s4d_advance(A, B, C, dt, x, u, lengths, method="zoh"):
 
 
 # %% [markdown]
-# To look inside a sequence, or to go on from any place in it, one wants the states at
-# all times. The parallel scan has them. A row that has ended keeps its last state.
+# The parallel scan has the states at all times. A row that has ended keeps its last.
 
 # %%
 @compiled
@@ -2543,10 +2521,10 @@ def s4d_every(A, B, C, dt, x, u, lengths, method="zoh"):
 # ### From the systems' output to the layer's
 #
 # The $H$ systems are linear and do not see each other. Two things are missing. One is a
-# nonlinearity, something that lets positive numbers pass and holds negative ones back.
-# We take a smooth version of it, the *GELU* (Hendrycks and Gimpel, 2016): each number
-# times the share of a normal distribution that lies below it,
-# $\mathrm{gelu}(y) = y\,(1 + \mathrm{erf}(y/\sqrt 2))/2$.
+# nonlinearity, which lets positive numbers pass and holds negative ones back. We take a
+# smooth one, the *GELU* (Hendrycks and Gimpel, 2016): each number times the share of a
+# normal distribution that lies below it, $\mathrm{gelu}(y) = y\,(1 +
+# \mathrm{erf}(y/\sqrt 2))/2$.
 #
 # The other is a linear map that mixes the channels, the same for each sample. (Flax and
 # JAX have both. Ours give the same numbers; what they gain, Part 13 measures.)
@@ -2566,9 +2544,9 @@ class Linear(nnx.Linear):
 
 
 # %% [markdown]
-# All linear maps inside the model are made by one function, which lets their biases
-# begin at random. (PyTorch does so, too; Flax would begin them at zero.) Part 10 shows
-# what silence does to a network without biases.
+# One function makes all linear maps inside the model. It lets their biases begin at
+# random, as PyTorch does; Flax would begin them at zero. Part 10 shows what silence
+# does to a network without biases.
 
 # %%
 def affine(d_in, d_out, rngs, kind=Linear):
@@ -2579,9 +2557,9 @@ def affine(d_in, d_out, rngs, kind=Linear):
 
 # %% [markdown]
 # The default map is twice as wide as the layer, and its second half decides, through a
-# sigmoid, how much of the first half passes (a gated linear unit, GLU). Between GELU and
-# map, *dropout* sets a random part of the numbers to zero while training, so that the
-# model does not rely on any single one.
+# sigmoid $1/(1 + e^{-s})$, how much of the first half passes (a gated linear unit,
+# GLU). Between GELU and map, *dropout* sets a random part of the numbers to zero while
+# training, so that the model does not rely on any single one.
 #
 # $$
 # y = \mathrm{act}\big( W\, \mathrm{dropout}(\mathrm{gelu}(K * u + D u)) + b \big)
@@ -2656,12 +2634,11 @@ def check_state(x, u, H, half):
 
 # %% [markdown]
 # What stands after the end of a row must not matter. No output before it looks ahead,
-# so one might let it stand. But in an FFT all samples meet. A million in the padding
-# leaves its rounding in every sample of its row, and one NaN makes NaN of them all. The
-# gradient runs through the same FFT backwards: there, the rounding of what is learned
-# from the samples would land on the padding. So the padding is made zero where a
-# sequence enters, and again where it leaves. The first keeps away what comes in, the
-# second what comes back.
+# but in an FFT all samples meet. A million in the padding leaves its rounding in every
+# sample of its row, and one NaN makes NaN of them all. The gradient runs through the
+# same FFT backwards, and would leave its rounding on the padding. So the padding is
+# made zero where a sequence enters, which keeps away what comes in, and where it
+# leaves, which keeps away what comes back.
 
 # %%
 @broadcasting
@@ -2682,9 +2659,9 @@ def admit(u, width, lengths=None, shortest=0):
 # %% [markdown]
 # Now the layer. Calling it is Parts 4 and 6, stepping it is Part 3, and advancing it is
 # the pair of formulas above. Nothing is cached: each method reads the parameters, so
-# that an update can leave nothing stale behind, and gradients flow through all of them.
-# (`convolve` and `linear` have names of their own because Appendix C needs others where
-# a batch or a sequence is spread over several devices.)
+# that nothing stale is left by an update, and gradients flow through all of them.
+# (Appendix C replaces `convolve` and `linear` where a batch or a sequence is spread
+# over several devices.)
 
 # %%
 class S4D(DiagonalSSM):
@@ -2738,9 +2715,8 @@ class S4D(DiagonalSSM):
 
 
 # %% [markdown]
-# The contract, tested on a layer of random parameters: whole, step by step, in chunks,
-# and with rows of different lengths. We compile the calls; uncompiled, JAX prepares
-# each operation one by one, and that takes time.
+# We compile the calls; uncompiled, JAX prepares each operation one by one, and that
+# takes time.
 
 # %%
 def carried(x, u):
@@ -2781,7 +2757,8 @@ def run_steps(module, u):
 
 
 # %% [markdown]
-# A layer of 4 channels reads two sequences of 100 samples.
+# The contract, tested: a layer of 4 channels reads two sequences of 100 samples whole,
+# step by step, in chunks, and with rows of different lengths.
 
 # %%
 if RUN:
@@ -2814,11 +2791,11 @@ if RUN:
 
 # %% [markdown]
 # What does it cost to run the layer on a stream? The state holds $H \cdot N/2$ complex
-# numbers, however long the past. A step discretizes anew, four exponentials and a
-# short series for each mode, and multiplies each a few times: $O(HN)$. The mixing map
-# takes $2H^2$ multiplications (and in the block of Part 9 two more linear maps take
-# $4H^2$). Nothing grows with the length, where a Transformer would keep every sample and
-# look at all of them again at each step.
+# numbers, however long the past. A step discretizes anew, four exponentials and a short
+# series for each mode, and multiplies each a few times: $O(HN)$. The mixing map takes
+# $2H^2$ multiplications (in the block of Part 9 two more linear maps take $4H^2$).
+# Nothing grows with the length, where a Transformer would look at all past samples
+# again at each step.
 #
 # *What stands: a layer with three ways to run and one meaning. Exercise: from the
 # shapes above, how many parameters has a layer of width $H$ and state $N$?*
@@ -2843,8 +2820,7 @@ if RUN:
 # layer only has to learn a change. *Layer normalization* in front of it brings the
 # channels of each sample to mean 0 and variance 1. A feed-forward network (FFN)
 # follows, two linear maps with a GELU between them, which works on each sample alone.
-# (With `expand=0` there is none, and the block is S4D with its residual, as in the
-# authors' minimal model.)
+# (With `expand=0` there is none, as in the authors' minimal model.)
 #
 # $$
 # \begin{aligned}
@@ -2885,9 +2861,9 @@ class FeedForward(nnx.Module):
 
 
 # %% [markdown]
-# A block asks for its layer by name. `LAYERS` is the list of names, and so far it is
-# short. Appendix B adds two relatives of S4D, and then everything that is built of
-# blocks can be built of them: `kernel="s4"` is an option like any other.
+# A block asks for its layer by a name in `LAYERS`. Part 14 and Appendix B add relatives
+# of S4D, and then everything that is built of blocks can be built of them:
+# `kernel="s4"` is an option like any other.
 
 # %%
 LAYERS = {"s4d": S4D}
@@ -2938,9 +2914,8 @@ class S4DBlock(nnx.Module):
 
 # %% [markdown]
 # To see the causality, change one channel of sample 60 and look where the output moves.
-# (All channels moved by the same amount would move that sample alone: LayerNorm takes
-# out the mean, and only the residual hands the change on.) What moves before it is the
-# rounding of the FFT, in which all samples meet.
+# (LayerNorm takes out the mean, so a change of all channels alike would stay in sample
+# 60.) What moves before it is the rounding of the FFT, in which all samples meet.
 
 # %%
 if RUN:
@@ -3056,8 +3031,7 @@ class Pooling(nnx.Module):
 
 
 # %% [markdown]
-# The model puts the pieces in a row. Its state is that of the stack and that of the
-# pooling.
+# The model puts the pieces in a row. Its state is the stack's and the pooling's.
 
 # %%
 class S4DModel(nnx.Module):
@@ -3099,8 +3073,7 @@ class S4DModel(nnx.Module):
 
 
 # %% [markdown]
-# All of it on one page, from top to bottom. The wires past the boxes are the residual
-# connections.
+# All of it at a glance. The wires past the boxes are the residual connections.
 
 # %%
 @figure()
@@ -3154,11 +3127,10 @@ if RUN:
 
 # %% [markdown]
 # Silence is the hard case. Where a row begins with zeros, the recurrence computes exact
-# zeros, and the FFT, in which all samples meet, leaves rounding in their place.
-# A network whose biases are zero hands both on as they are. LayerNorm then
-# brings each as near to variance one as $\epsilon$ lets it: block by block, the
-# rounding grows into a signal. A bias gives silence a value of its own, and beside it
-# rounding stays rounding.
+# zeros, and the FFT leaves rounding in their place. A network whose biases are zero
+# hands both on as they are. LayerNorm then brings each as near to variance one as
+# $\epsilon$ lets it: block by block, the rounding grows into a signal. A bias gives
+# silence a value of its own, beside which rounding stays rounding.
 
 # %%
 if RUN:
@@ -3196,11 +3168,11 @@ if RUN:
 # %% [markdown]
 # ### One step by hand
 #
-# Before an optimizer does it, let us move a parameter ourselves. A pole turns at 5
-# radians per second instead of 6.24. How well it imitates the right one is the mean
-# squared difference of the outputs. The gradient says in which direction the difference
-# grows, and a step against it makes it smaller. How large a step? 8 was found by
-# trying; finding it is what an optimizer like Adam is for.
+# Let us first move a parameter ourselves. A pole turns at 5 radians per second instead
+# of 6.24. How well it imitates the right one is the mean squared difference of the
+# outputs. The gradient says in which direction the difference grows, and a step against
+# it makes it smaller. The step's size, 8, was found by trying; finding it is what an
+# optimizer like Adam is for.
 
 # %%
 def imitation(frequency, pole, B, C, u, y):
@@ -3258,9 +3230,9 @@ def valley(start=12.0):
 
 
 # %% [markdown]
-# From 12 twenty steps find nothing, as the slope there is nearly zero. Gradient descent
-# mends a frequency that is nearly right, and not one that is far off: a reason to spread
-# them out before anything is learned, as Part 7 does.
+# Gradient descent mends a frequency that is nearly right, and not one that is far off,
+# where the slope is nearly zero: a reason to spread them out before anything is
+# learned, as Part 7 does.
 
 # %% [markdown]
 # ### The data
@@ -3273,8 +3245,7 @@ def valley(start=12.0):
 # has to remember.
 #
 # The images are shuffled once, with a fixed seed, and split: 1,257 to train, 180 to
-# make choices (validation), 360 to test. The settings below were chosen on images of
-# the first two groups. No choice was made on the test images.
+# make choices (validation), 360 to test. No choice was made on the test images.
 
 # %%
 @functools.cache
@@ -3294,8 +3265,7 @@ def load_digits():
 
 
 # %% [markdown]
-# Eight of them, and one as the model meets it. Where a row of the image ends and the
-# next begins the curve shows no mark.
+# No mark in the sequence shows where a row of the image ends and the next begins.
 
 # %%
 @figure(index=(0, 7))
@@ -3322,11 +3292,11 @@ def a_digit_as_a_sequence(index=0):
 # The parameters of the memory, $A$, $B$ and $\Delta$, are delicate. A small change of a
 # pole, raised to the power of the sequence's length, is a large change of the kernel.
 # ($B$ is not raised to a power. It goes with the others because the authors' code does
-# so.) They get a lower learning rate, and no weight decay: decay pulls towards zero, and
-# zero in `log_dt` means $\Delta = 1$. The others, $C$ and $D$ among them, are weights
-# like any. One function labels the parameters, and the optimizer looks up what each
-# label gets. The rate warms up over the first tenth of the steps and then falls along a
-# cosine.
+# so.) They get a lower learning rate, and no *weight decay*, which pulls towards zero a
+# little at every step: zero in `log_dt` means $\Delta = 1$. The others, $C$ and $D$
+# among them, are weights like any. One function labels the parameters, and the
+# optimizer looks up what each label gets. The rate warms up over the first tenth of the
+# steps and then falls along a cosine.
 
 # %%
 SSM_PARAMETERS = ("log_dt", "log_A_real", "A_imag", "B")
@@ -3343,8 +3313,7 @@ def parameter_labels(params):
 
 
 # %% [markdown]
-# Adam scales each step by the recent size of the gradient; AdamW also pulls weights
-# towards zero a little at every step. Each label gets its own.
+# Adam scales each step by the recent size of the gradient; AdamW adds the decay.
 
 # %%
 import optax
@@ -3445,9 +3414,9 @@ def train_step(model, optimizer, u, labels, weights=None):
 
 
 # %% [markdown]
-# To evaluate, look at the model in another mode, with dropout off. `nnx.view` gives
-# such a view and leaves the model itself in training. A large set is looked at in
-# portions, so that it need not fit into memory at once.
+# `nnx.view` shows the model in another mode, with dropout off, and leaves the model
+# itself in training. A large set is evaluated in portions, so that it need not fit into
+# memory at once.
 
 # %%
 def evaluate(model, data, ask=call, portion=500):
@@ -3474,8 +3443,7 @@ def evaluate(model, data, ask=call, portion=500):
 
 # %% [markdown]
 # An *epoch* is a pass through all images. They come in a new order every time, and what
-# does not fill a batch at the end of one epoch begins the first batch of the next. Of
-# the orders no more than one is in memory.
+# does not fill a batch at the end of one epoch begins the first batch of the next.
 
 # %%
 def drawn_rows(n, epochs, batch_size, rng, whole=True):
@@ -3519,8 +3487,7 @@ def batches(data, epochs, batch_size, seed, augment=None, place=None, whole=True
 
 
 # %% [markdown]
-# The nudge pads the image with a border of black and cuts out its 8 by 8 pixels again,
-# somewhere else. Classes do not change when a digit moves by a pixel.
+# The nudge pads the image with black and cuts out 8 by 8 pixels again, somewhere else.
 
 # %%
 def nudged(images, rng):
@@ -3535,8 +3502,7 @@ def nudged(images, rng):
 
 
 # %% [markdown]
-# Training takes a minute or two, so where there is a terminal it shows how far it is,
-# how fast, the loss, and the time that is left.
+# Training takes a minute or two, so a terminal shows how far it is.
 
 # %%
 import contextlib
@@ -3743,8 +3709,8 @@ def load_parameters(file, model):
 # ### What it reached
 #
 # Pictures of the trained model ask for it by the name `trained`. Where this file runs,
-# that trains, once. Where it is imported, as the web page does, the parameters come
-# from the file that the last run left, if there is one.
+# that trains, once. Where it is imported, the parameters come from the file that the
+# last run left, if there is one.
 
 # %%
 def recorded(name, make, train, prepare=lambda data: data):
@@ -3848,27 +3814,26 @@ def predictions():
 
 
 # %% [markdown]
-# One training says little. `python tests/measure/digits.py` trains three times, with
-# seeds 0, 1 and 2, and beside it a GRU, the usual recurrent network, of about as many
-# parameters, on the same nudged images. The number of its epochs was set from a timing,
-# to take as long; in the run it was faster, and so got less time, 59 seconds against
-# 75. The GRU's learning rate is the best of three on the validation images. Recorded in
-# `assets/digits.json`, on two CPU cores, mean and standard deviation of the three
-# seeds. (This record, and those of Part 13, were made when all biases began at zero and
-# $\epsilon$ was $10^{-6}$.)
+# One training says little. `python tests/measure/digits.py` trains with seeds 0, 1 and
+# 2, and beside it a GRU, a *gated recurrent unit*, the usual recurrent network, of
+# about as many parameters, on the same nudged images. It was given epochs to take as
+# long, but in the run it was faster. Its learning rate is the best of three on the
+# validation images. Recorded in `assets/digits.json`, on two CPU cores, mean and
+# standard deviation of the three seeds. (This record, and those of Part 13, were made
+# when all biases began at zero and $\epsilon$ was $10^{-6}$.)
 #
 # | model | parameters | seconds | test accuracy |
 # |:------|-----------:|--------:|--------------:|
 # | S4D, 3 blocks | 113,610 | 75 | 98.6% ± 0.3% |
 # | GRU, 2 layers | 110,590 | 59 | 92.4% ± 0.3% |
 #
-# With 360 test images one image more or less is 0.28%, so the spread of S4D is about
-# one image. The GRU may well do better with more time or tuning; the question here was
-# what about a minute gives.
+# With 360 test images one image more or less is 0.28%, about the spread of S4D. The GRU
+# may well do better with more time or tuning; the question was what about a minute
+# gives.
 
 # %% [markdown]
-# What has become of the memory in the meantime? Compare each pole and each $\Delta$ of
-# the trained model with what it was in the beginning:
+# What has become of the memory in the meantime? Compare each pole and each $\Delta$
+# with what it was in the beginning:
 
 # %%
 @functools.cache
@@ -3934,19 +3899,17 @@ if RUN:
 # %% [markdown]
 # ## Part 12: Streaming and generating
 #
-# Training wants the convolution: the whole sequence is there, and all its samples can
-# be worked on at once. Two uses of a trained model want the recurrence. A *stream*
-# comes sample by sample, and an answer is wanted before the next one is there. And a
-# model that *generates* makes its own next sample, so that there is nothing to convolve
-# until it has been made. Nothing needs to be trained again or converted for either. The
-# parameters are the same.
+# Two uses of a trained model want the recurrence. A *stream* comes sample by sample,
+# and an answer is wanted before the next one is there. And a model that *generates*
+# makes its own next sample, so that there is nothing to convolve until it has been
+# made. Neither needs another training or a conversion: the parameters are the same.
 
 # %% [markdown]
 # ### Reading pixel by pixel
 #
-# The classifier of Part 11 has learned from whole images. Here it reads the test images
-# with `step`, one pixel at a time, and all that it remembers between two pixels is its
-# state. `advance` gives the same answers for all prefixes at once.
+# The classifier of Part 11 reads the test images with `step`, one pixel at a time. All
+# that it remembers between two pixels is its state. `advance` gives the same answers
+# for all prefixes at once.
 
 # %%
 if RUN:
@@ -3962,12 +3925,11 @@ if RUN:
 
 
 # %% [markdown]
-# Now watch it read. After each pixel it has an answer for what it has seen so far. Do
-# not trust the first of them. The model was trained on whole images only, and one black
-# pixel says next to nothing: what it believes then is a habit, and no knowledge. The 7
-# below has a second bar, which not every 7 has. Other digits are ahead for a while, as
-# the blue lines show, and the model is sure of the 7 only when the stem below that bar
-# has come.
+# Now watch it read. Do not trust its first answers. It was trained on whole images
+# only, and one black pixel says next to nothing: what it believes then is a habit, and
+# no knowledge. The 7 below has a second bar, which not every 7 has. Other digits are
+# ahead for a while, as the blue lines show, and the model is sure of the 7 only when
+# the stem below that bar has come.
 
 # %%
 @functools.cache
@@ -4011,13 +3973,13 @@ def pixel_by_pixel(index=163, pixels=45):
 # p(v_0, \dots, v_{63}) = \prod_{l=0}^{63} p(v_l \mid v_0, \dots, v_{l-1}) .
 # $$
 #
-# So it is enough to answer the small question well. The model gives $V$ scores for each
-# pixel, and their softmax is a *categorical* distribution over the levels. It is
-# causal, as Part 9 has shown, so all 64 questions are asked in one call. Only the input
-# must be moved by one place, or the answer would stand in the question: what the model
-# reads at place $l$ is $v_{l-1}$, and at the first place a *start sign*, an eighteenth
-# symbol. Levels are names here and not brightnesses, so each is given a channel of its
-# own that is 1 where all others are 0 (*one-hot*).
+# The model gives $V$ scores for each pixel, and their softmax is a *categorical*
+# distribution over the levels. It is causal, as Part 9 has shown, so all 64 questions
+# are asked in one call. Only the input must be moved by one place, or the answer would
+# stand in the question: what the model reads at place $l$ is $v_{l-1}$, and at the
+# first place a *start sign*, an eighteenth symbol. Levels are names here and not
+# brightnesses, so each is given a channel of its own that is 1 where all others are 0
+# (*one-hot*).
 
 # %%
 LEVELS = 17  # of grey, 0 to 16
@@ -4042,15 +4004,14 @@ def next_pixel(data):
 
 # %% [markdown]
 # The logarithm turns the product into a sum, and the mean of its terms is the
-# cross-entropy that `train` makes small already: one classification for each pixel
-# instead of one for each image. So `train` takes the new task as it is. (The accuracy
-# that it prints is the share of pixels whose level is the likeliest one.) The model has
-# pooling `none`, which answers at every place. It is smaller than the classifier, two
-# blocks with 64 channels and a state of 32 each.
+# cross-entropy that `train` makes small already, one classification for each pixel.
+# (The accuracy that it prints is the share of pixels whose level is the likeliest one.)
+# The model has pooling `none`. It is smaller than the classifier, two blocks with 64
+# channels and a state of 32 each.
 #
-# The settings differ a little from the classifier's, all chosen on the validation
-# images. Most of what tells a pixel is near, so $\Delta$ starts between 0.01 and 0.5,
-# ten and five times higher than in Part 8, and the rates of learning are two to three
+# The settings, chosen on the validation images, differ a little from the classifier's.
+# What helps to guess a pixel is mostly near, so $\Delta$ starts between 0.01 and 0.5,
+# ten and five times higher than in Part 8, and the learning rates are two to three
 # times as high. Batches are small and there are no nudges: each image holds 64
 # examples.
 
@@ -4075,8 +4036,7 @@ def train_generator(seed=0):
 
 
 # %% [markdown]
-# As before, it trains where this file runs and is read from `assets` where it is
-# imported.
+# As before, one name gives the trained model.
 
 # %%
 @functools.cache
@@ -4245,12 +4205,11 @@ def next_level(temperature=0.7, top_p=0.9):
 # %% [markdown]
 # ### A prefix by convolution, the rest by steps
 #
-# What is given, the *prefix*, is known at once, so it goes in by `advance`, which
-# leaves the state at its end. From there on `step`, inside one compiled scan. The
-# number of steps is part of the compiled program; temperature and `top_p` are numbers
-# that go in, so turning them compiles nothing. All chance comes from a key, and step
-# $k$ uses the key folded with $k$: the same key gives the same levels, and a longer run
-# begins as a shorter one does.
+# What is given, the *prefix*, is known at once, so it goes in by `advance`. From the
+# state at its end `step` goes on, inside one compiled scan. The number of steps is part
+# of the compiled program; temperature and `top_p` are not, so turning them compiles
+# nothing. All chance comes from a key, and step $k$ uses the key folded with $k$: the
+# same key gives the same levels, and a longer run begins as a shorter one does.
 
 # %%
 @functools.partial(nnx.jit, static_argnames="steps")
@@ -4305,10 +4264,10 @@ def generate(model, prefix, steps, key, temperature=1.0, top_p=1.0):
 
 # %% [markdown]
 # Here the two views of one system meet again. The sampler has noted the log probability
-# of each level at the moment it drew it, from the recurrence. Afterwards the
-# convolution reads the finished image and says how likely each level was. The sums must
-# be the same. (With another temperature or a nucleus they differ, and should: the
-# sampler then drew from another distribution than the model's.)
+# of each level when it drew it, from the recurrence. Afterwards the convolution reads
+# the finished image and says how likely each level was. The sums must be the same.
+# (With another temperature or a nucleus they differ, as the draw then is not from the
+# model's own distribution.)
 
 # %%
 if RUN:
@@ -4355,8 +4314,8 @@ if RUN:
 # ### Digits, completed
 #
 # The model is given the upper rows of a test digit, which it has never seen, and draws
-# the rest. It was not told what a digit is; nobody gave it a label. Whether a
-# completion is one we can ask the classifier.
+# the rest. Nobody told it what a digit is. Whether it has drawn one we can ask the
+# classifier.
 
 # %%
 @functools.lru_cache(maxsize=256)
@@ -4374,8 +4333,7 @@ def read_digits(levels):
 
 
 # %% [markdown]
-# Pick a digit, how many rows of it are given, and the temperature. Another seed draws
-# eight others.
+# Pick a digit and how much of it is given. Another seed draws eight others.
 
 # %%
 @figure(digit=(0, 9), given=[2, 4, 6], temperature=(0.0, 2.0), seed=(0, 9))
@@ -4401,8 +4359,7 @@ def completions(digit=2, given=4, temperature=1.0, seed=0):
 
 # %% [markdown]
 # A half like this could become a 2, a 3 or a 7, and what the model draws goes more than
-# one way. (Move the temperature:
-# at 0 all eight are the same; at 2 the strokes fall apart.)
+# one way. (At temperature 0 all eight are the same; at 2 the strokes fall apart.)
 #
 # But one test digit proves little. Let the classifier read a completion of every test
 # image's upper half. How often does it find the digit that the half came from? For
@@ -4424,10 +4381,10 @@ if RUN:
 # %% [markdown]
 # So the drawn halves carry a good part of what the true ones do, and less at a high
 # temperature. What is missing may be the generator's fault, or that of halves that do
-# not tell their digit, or the classifier's, which has never learned from drawn images.
+# not tell their digit, or that of a classifier that has not learned from drawn images.
 #
 # The first picture of this page shows a digit of each class, completed from its upper
-# half, in strips of digits side by side.
+# half.
 
 # %%
 def strip(levels):
@@ -4474,20 +4431,18 @@ if RUN:
 # ## Part 13: The evidence
 #
 # This page has made many choices: where the poles start, which rule holds the input,
-# what is learned. Which of them matter? To find out takes more than a hundred
-# trainings. They are measured beforehand, by `python tests/measure/evidence.py`, and
-# recorded in `assets/evidence.json`, with versions and date. The cells below read that
-# file.
+# what is learned. Which of them matter? More than a hundred trainings by
+# `python tests/measure/evidence.py` answer that, recorded in `assets/evidence.json`,
+# which the cells below read.
 #
 # To afford it the models are small and their trainings short. On the digits of Part 11
-# the classifier has two blocks of 64 channels, a state of 32, and ten epochs. *MNIST*
-# here means 4,000 training images out of a subset of 10,000 (9,000 to train and choose,
-# 1,000 to test), so its numbers are not comparable with published ones. Its images are
-# read by two blocks of 32 channels in three epochs, at half their resolution, as 196
-# pixels, or as they are, 784.
-# Where something was chosen, it was on validation images. The test images were looked
-# at when a training had ended: once, and at 196 pixels twice more, for the question of
-# resolution.
+# the classifier has two blocks of 64 channels, a state of 32, and ten epochs. *MNIST*,
+# a large set of handwritten digits, here means 4,000 training images out of a subset of
+# 10,000 (9,000 to train and choose, 1,000 to test), so its numbers are not comparable
+# with published ones. Its images are read by two blocks of 32 channels in three epochs,
+# at half their resolution, as 196 pixels, or as they are, 784. Choices were made on
+# validation images. The test images were looked at when a training had ended: once, and
+# at 196 pixels twice more, for the question of resolution.
 
 # %%
 import json
@@ -4521,11 +4476,11 @@ def evidence(*keys):
 # |m_1 - m_2| \;\ge\; 2 \sqrt{s_1^2 / 3 + s_2^2 / 3} ,
 # $$
 #
-# and say that all others are inside the noise. Three seeds are few. If the seeds scatter
-# normally, and both as widely, two means of the same thing pass this test with the
-# chance printed below: of nine comparisons of equal things one passes by luck (of
-# unequal spreads up to twice as many). And the rule asks whether other *seeds* would
-# say the same. Other test images are another question.
+# and say that all others are inside the noise. Three seeds are few. If the seeds
+# scatter normally, and both as widely, two means of the same thing pass this test with
+# the chance printed below: of nine comparisons of equal things one passes by luck (of
+# unequal spreads up to twice as many). And the rule asks only whether other *seeds*
+# would say the same, not whether other test images would.
 
 # %%
 def across(runs, key="test"):
@@ -4617,28 +4572,27 @@ def choices_measured(question="starts, 64 pixels"):
 # 1,024 steps on their means have this order. On MNIST, at both lengths, `real` is as
 # far behind and `quad` is told apart from `legs`, too. But `rand` comes close to
 # `legs`: inside the noise at 196 pixels, behind it by little at 784. There the
-# channels, each with its own
-# $\Delta$, may make up between them for what one of them lacks. At 196 pixels `inv` is
-# better than `legs`, and told apart, at 784 it is not. Among so many comparisons some
-# pass by luck, and we make nothing of that.
-#
+# channels, each with its own $\Delta$, may make up between them for what one of them
+# lacks. At 196 pixels `inv` is better than `legs`, and told apart, at 784 it is not.
+# Among so many comparisons some pass by luck, and we make nothing of that.
+# Of the ablations only the range of $\Delta$ matters. Ten times shorter does great
 # Of the ablations only the range of $\Delta$ matters. Ten times shorter does great
 # harm: such systems change little within 64 samples, or 196. Ten times longer helps a
-# little with 64 samples, so the usual range is not made for sequences this short, and
-# with 196 it is inside the noise. The rule, the form in which $\Re A$ is stored, and
-# whether $A$ or $B$ is learned: all inside the noise for both lengths, after so short a
-# training. That $A$ need not be learned as long as $\Delta$ is, which moves all poles
-# of a channel at once, was not what we expected; their places at the start seem to be
-# most of what they give. (In this record all channels of a layer share one draw of
-# `rand`; since then each draws its own.)
+# little with 64 samples, for which the usual range is not made, and with 196 it is
+# inside the noise. The rule, the form in which $\Re A$ is stored, and whether $A$ or
+# $B$ is learned: all inside the noise for both lengths, after so short a training. That
+# $A$ need not be learned was not what we expected; $\Delta$ still moves all poles of a
+# channel at once, and their places at the start seem to be most of what they give. (In
+# this record all channels of a layer share one draw of `rand`; since then each draws
+# its own.)
 
 # %% [markdown]
 # ### Long memory
 #
 # Part 7 asked for a delay of 512 steps. Now the length $L$ grows, the delay is half of
 # it, and the bump stays as narrow. There are 32 modes and one channel, and $\Delta$
-# starts at $2/L$, so that each start sees the same stretch of its modes at all lengths.
-# These relative errors of the kernel are recorded:
+# starts at $2/L$, so that each start sees the same stretch of its modes. Recorded are
+# these relative errors of the kernel:
 #
 # - *best*: the weights $C$ alone, by least squares with 300 digits, at the start: what the
 #   modes can do (`python tests/measure/exact.py`, `assets/exact.json`).
@@ -4702,9 +4656,9 @@ def delay_against_length():
 
 
 # %% [markdown]
-# At 1,024 steps and more `lin` does what the formula says, to a percent. So what it
-# lacks is modes, and nothing else: for a bump as narrow in a window twice as long one
-# needs twice as many. At 4,096 steps 32 modes are too few for every start.
+# At 1,024 steps and more `lin` does what the formula says, to a percent. So it lacks
+# modes, and nothing else: for a bump as narrow in a window twice as long one needs
+# twice as many. At 4,096 steps 32 modes are too few for every start.
 #
 # What modes can do and what can be found are two things. With 300 digits the modes of
 # `rand` make a better bump than those of `legs`, at 512 and at 1,024 steps. In double
@@ -4750,10 +4704,10 @@ if RUN:
 # %% [markdown]
 # ### Beside a GRU and a Transformer
 #
-# Last, two models of other kinds, with about as many parameters: the GRU of Part 11, and
-# a small causal Transformer, two blocks with four heads. All learn from the same images
-# of 196 pixels for three epochs; the learning rates of these two are the best of three on
-# the validation images. Training steps were timed apart, sixteen rows at a time: the best
+# Last, two models of other kinds, with about as many parameters: the GRU of Part 11,
+# and a small causal Transformer, two blocks with four heads. All learn from the same
+# images of 196 pixels for three epochs, these two at the best of three rates on the
+# validation images. Training steps were timed apart, sixteen rows at a time: the best
 # of ten, and how far the memory of a process of its own rose above what it held before.
 
 # %%
@@ -4778,8 +4732,7 @@ if RUN:
 # step of the Transformer takes more than ten times as long and needs several times the
 # memory, as it has a score for each pair of samples. The other two need at most four
 # times the time. At 196 samples a step of the GRU takes as long as one of S4D, at 784
-# half as long again: on two cores it pays little that the samples of a convolution need
-# not wait for each other.
+# half as long again: on two cores, working on all samples at once gains little.
 
 # %%
 @figure()
@@ -4804,8 +4757,7 @@ def next_sample():
 # Up to the scatter of such timings, S4D and the GRU need no more time for the next
 # sample after 4,096 than after 256. The Transformer compares it with all that came
 # before it, and with sixteen times the past it needs more than sixteen times the time.
-# The step of the GRU is the cheapest of all: it has the smallest state, and nothing to
-# discretize.
+# The GRU's step is the cheapest: it has the smallest state, and nothing to discretize.
 
 # %% [markdown]
 # ### ★ The whole length
@@ -4980,10 +4932,9 @@ if RUN:
 
 # %% [markdown]
 # ## Part 14: Where it went
-#
-# S4D was a bridge. Two models crossed it, and each is a small change to what stands on
-# this page. **S5** (Smith, Warrington and Linderman, 2022) makes one system of the $H$.
-# **Mamba** (Gu and Dao, 2023) lets the input choose the step.
+# Two later models are each a small change to what stands on this page. **S5** (Smith,
+# Warrington and Linderman, 2022) makes one system of the $H$. **Mamba** (Gu and Dao,
+# 2023) lets the input choose the step.
 #
 # ### S5: one system for all channels
 #
@@ -5018,8 +4969,8 @@ def s5_every(A, B, C, dt, x, u, lengths, method="zoh"):
 
 # %% [markdown]
 # Two checks. Four S4D systems side by side are one S5 whose $B$ and $C$ are
-# block-diagonal. And an S5 is a dense real system, whose time we count in $\Delta_n$.
-# SciPy can run it.
+# block-diagonal. And an S5, its time counted in $\Delta_n$, is a dense real system that
+# SciPy can run.
 
 # %%
 def dense_s5(A, B, C, dt, u):
@@ -5114,9 +5065,8 @@ if RUN:
 # %% [markdown]
 # ### Mamba: the input chooses the step
 #
-# S4D treats every sample alike: all enter by the same $\bar B$, and the past fades by the
-# same $\bar A$, whether a sample matters or not. In Mamba $\Delta$, $B$ and $C$ come from the
-# sample itself,
+# S4D treats every sample alike: all enter by the same $\bar B$, and the past fades by
+# the same $\bar A$. In Mamba $\Delta$, $B$ and $C$ come from the sample itself,
 #
 # $$
 # \Delta_k = \mathrm{softplus}(W_\Delta u_k + b_\Delta), \qquad
@@ -5124,7 +5074,7 @@ if RUN:
 # $$
 #
 # with $\mathrm{softplus}(s) = \log(1 + e^s)$, which is positive. Each of $H$ channels
-# has a $\Delta$ and $N$ real poles, first $-1, \dots, -N$: S4D-Real has its day. All share
+# has a $\Delta$ and $N$ real poles, first $-1, \dots, -N$, as in `real`. All share
 # $B_k$ and $C_k$, $N$ numbers each. With zero-order hold a step is
 #
 # $$
@@ -5241,11 +5191,11 @@ if RUN:
 # C_k^\top\, e^{(\Delta_{j+1} + \dots + \Delta_k) A}\, \bar B_j ,
 # $$
 #
-# which depends on both places and on all that came between. Instead of $L$ numbers there
-# are $L^2$, known only when the input is. So the FFT is lost, and training keeps all
-# states, $HN$ numbers for each sample. The frequency response is lost, too, as the layer
-# is not linear. And $\Delta$ is no time any more: to a model that reads every second
-# sample one cannot say so.
+# which depends on both places and on all that came between. Instead of $L$ numbers
+# there are $L^2$, known only when the input is. So the FFT is lost, and training keeps
+# all states, $HN$ numbers for each sample. The frequency response is lost, too, as the
+# layer is not linear. And $\Delta$ is no time any more: doubling it does not tell the
+# layer that it reads every second sample.
 #
 # ### A task that decides: sample and hold
 #
@@ -5432,10 +5382,10 @@ if RUN:
 # %% [markdown]
 # ## Closing: all views agree
 #
-# One system, many ways to compute it. Here they all are, on four systems of `legs` with
+# One system, many ways to compute it: here they all are, on four systems of `legs` with
 # a state of 16 and an input of 300 samples. The witness from outside is SciPy, which
-# filters each mode in double precision and knows nothing of this page. Each number is
-# the largest difference of two views, as a share of the largest output.
+# filters each mode in double precision. Each number is the largest difference of two
+# views, as a share of the largest output.
 
 # %%
 def scipy_views(A, B, C, dt, u):
@@ -5451,8 +5401,8 @@ def scipy_views(A, B, C, dt, u):
 
 
 # %% [markdown]
-# And these are the ways in which this page runs a diagonal system. The chunks are cut at
-# odd places, one of them a single sample.
+# The ways in which this page runs a diagonal system. The chunks are cut at odd places,
+# one of them a single sample.
 
 # %%
 def all_views(layer, u):
