@@ -1953,7 +1953,7 @@ def hippo_memory(moment=5.6):
 # \;\approx\; \big( A + \tfrac12 B B^\top \big)\, x + \tfrac12 B\, u .
 # $$
 #
-# The matrix in the last bracket is a pleasure:
+# The matrix $A + \tfrac12 B B^\top$ is a pleasure:
 #
 # $$
 # A + \tfrac12 B B^\top = -\tfrac12 I + S, \qquad
@@ -2815,8 +2815,8 @@ if RUN:
 # %% [markdown]
 # ## Part 9: The block
 #
-# A deep network stacks layers. Two habits from the Transformer keep the signal healthy
-# on its way. A *residual connection* adds a layer's output to its input, so that the
+# A deep network stacks layers. Habits from the Transformer keep the signal healthy on
+# its way. A *residual connection* adds a layer's output to its input, so that the
 # layer only has to learn a change. *Layer normalization* in front of it brings the
 # channels of each sample to mean 0 and variance 1. A feed-forward network (FFN)
 # follows, two linear maps with a GELU between them, which works on each sample alone.
@@ -3294,8 +3294,9 @@ def a_digit_as_a_sequence(index=0):
 # ($B$ is not raised to a power. It goes with the others because the authors' code does
 # so.) They get a lower learning rate, and no *weight decay*, which pulls towards zero a
 # little at every step: zero in `log_dt` means $\Delta = 1$. The others, $C$ and $D$
-# among them, are weights like any. One function labels the parameters, and the
-# optimizer looks up what each label gets. The rate warms up over the first tenth of the
+# among them, are weights like any. (So do the authors; Part 13 asks whether it is
+# needed.) One function labels the parameters, and the optimizer looks up what each label
+# gets. The rate warms up over the first tenth of the
 # steps and then falls along a cosine.
 
 # %%

@@ -1,6 +1,5 @@
 """Put the article on the path, and offer both precisions to the tests."""
 
-import gc
 import os
 import shutil
 import sys
@@ -42,7 +41,6 @@ sys.path[:0] = [str(ROOT / room) for room in (".", "notebooks", "tests/measure")
 
 from render.memory import keep_memory  # noqa: E402
 
-gc.set_threshold(100_000, 50, 100)  # to trace is to make many small objects, in vain
 keep_memory()  # arrays of 65,536 steps come and go by the hundred
 
 

@@ -10,20 +10,19 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from oracle import error, noise
+from oracle import error
 from render.drawing import drawing
 
 import annotated_s4d as s4d
 
 
 def tiny(seed=0, **options):
-    """A small model that answers at every sample. What is around the layer does not
-    matter here: no FFN."""
-    options = dict(pooling="none", expand=0) | options
+    """A small model that answers at every sample."""
+    options = dict(pooling="none") | options
     return s4d.S4DModel(1, 1, 4, 4, 1, rngs=nnx.Rngs(seed), **options)
 
 
-def chunks(lengths=(3, 3, 3), batch=2, seed=0):
+def chunks(lengths=(7, 7, 7), batch=2, seed=0):
     rng = np.random.default_rng(seed)
     return [
         tuple(rng.standard_normal((2, batch, L, 1)).astype(np.float32)) for L in lengths
@@ -36,34 +35,31 @@ def parameters(model):
 
 def by_hand(model, x, u, target):
     """The loss with the state given as a constant, by advance alone."""
-    x, y = model.advance(x, u)
-    return ((y - target) ** 2).mean(), x
-
-
-hand_and_gradient = nnx.jit(nnx.value_and_grad(by_hand, has_aux=True))
+    _, y = model.advance(x, u)
+    return ((y - target) ** 2).mean()
 
 
 def test_the_gradient_takes_the_state_as_a_constant():
     """Through two chunks: the second's gradient does not look into the first."""
     model, (one, two, _) = tiny(), chunks()
 
+    @nnx.jit
+    @nnx.grad
     def through(model):
         _, x = s4d.stream_loss(model, model.init_state(2), *one)
         return s4d.stream_loss(model, x, *two)[0]
 
-    def whole(model):  # without the stop
-        _, x = by_hand(model, model.init_state(2), *one)
-        return by_hand(model, x, *two)[0]
-
     @nnx.jit
-    def both(model):
-        return nnx.grad(through)(model), nnx.grad(whole)(model)
+    @nnx.grad
+    def whole(model):  # without the stop
+        x, _ = model.advance(model.init_state(2), one[0])
+        return by_hand(model, x, *two)
 
-    (_, x), _ = hand_and_gradient(model, model.init_state(2), *one)
-    _, constant = hand_and_gradient(model, x, *two)
-    gradients = *both(model), constant
+    x, _ = s4d.advance(model, model.init_state(2), one[0])
+    constant = nnx.jit(nnx.grad(by_hand))(model, x, *two)
+    pairs = zip(*map(jax.tree.leaves, (through(model), constant, whole(model))))
     apart = 0
-    for a, c, b in zip(*map(jax.tree.leaves, gradients)):
+    for a, b, c in pairs:
         assert jnp.abs(b).max() > 0  # the stop hides no parameter
         assert error(a, b) < 1e-4
         apart = max(apart, error(a, c))
@@ -74,50 +70,67 @@ def test_no_gradient_reaches_the_state():
     model, (_, two, _) = tiny(), chunks()
     x, _ = s4d.advance(model, model.init_state(2), two[0])
 
-    @jax.grad
-    def slope(state):
+    def loss(state):
         return s4d.stream_loss(model, dict(x, stack=state), *two)[0]
 
-    assert all((g == 0).all() for g in jax.tree.leaves(slope(x["stack"])))
+    assert all((g == 0).all() for g in jax.tree.leaves(jax.grad(loss)(x["stack"])))
+
+
+def test_the_state_is_carried():
+    """With frozen parameters the losses are those of advance, and of one long call."""
+    model, data = tiny(), chunks((5, 1, 9, 9))
+    frozen = nnx.Optimizer(model, optax.set_to_zero(), wrt=nnx.Param)
+    x, losses = s4d.train_on_stream(model, frozen, iter(data))
+    state = model.init_state(2)
+    for (u, target), loss in zip(data, losses):
+        state, y = s4d.advance(model, state, u)
+        assert loss == pytest.approx(float(((y - target) ** 2).mean()), rel=1e-5)
+    u, target = (np.concatenate(part, 1) for part in zip(*data))
+    whole = np.square(s4d.call(model, u) - target)
+    parts = np.split(whole, np.cumsum([5, 1, 9]), axis=1)
+    assert losses == pytest.approx([float(p.mean()) for p in parts], rel=1e-4)
+    for a, b in zip(jax.tree.leaves(x["stack"]), jax.tree.leaves(state["stack"])):
+        assert error(a, b) < 1e-6
+
+
+def test_a_stream_may_be_interrupted():
+    """Training on three chunks, or on one and then on two from its state."""
+    data, results = chunks(), []
+    for cut in (3, 1):
+        model = tiny()
+        optimizer = s4d.make_optimizer(model, 3)
+        x, first = s4d.train_on_stream(model, optimizer, data[:cut])
+        x, rest = s4d.train_on_stream(model, optimizer, data[cut:], x)
+        results.append((first + rest, parameters(model), jax.tree.leaves(x)))
+    (a, p, x), (b, q, z) = results
+    assert a == b and all((v == w).all() for v, w in zip(p + x, q + z))
 
 
 def test_every_chunk_is_one_step():
-    """Losses, the state that is carried, and the parameters: those of a step for each
-    chunk by hand. And the same if the training is interrupted after the first."""
-    data, results = chunks((3, 1, 3)), []
-    descent = optax.sgd(0.1)
-    for cut in (3, 1):
-        model = tiny()
-        optimizer = nnx.Optimizer(model, descent, wrt=nnx.Param)
-        x, first = s4d.train_on_stream(model, optimizer, iter(data[:cut]))
-        x, rest = s4d.train_on_stream(model, optimizer, data[cut:], x)
-        results.append((first + rest, parameters(model), jax.tree.leaves(x)))
-    (losses, p, x), (b, q, z) = results
-    assert losses == b and all((v == w).all() for v, w in zip(p + x, q + z))
-    mine = tiny()
-    state = mine.init_state(2)
-    for chunk, loss in zip(data, losses):
-        (value, state), grads = hand_and_gradient(mine, state, *chunk)
+    """The parameters after two chunks are those of two gradients by hand."""
+    model, data = tiny(), chunks()[:2]
+    mine = nnx.clone(model)
+    descent = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    _, losses = s4d.train_on_stream(model, descent, data)
+    x = mine.init_state(2)
+    for (u, target), loss in zip(data, losses):
+        value, grads = nnx.jit(nnx.value_and_grad(by_hand))(mine, x, u, target)
         assert loss == pytest.approx(float(value), rel=1e-5)
+        x, _ = s4d.advance(mine, x, u)  # before the step
         params = nnx.state(mine, nnx.Param)
         nnx.update(mine, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads))
-    for a, b in zip(p + x, parameters(mine) + jax.tree.leaves(state)):
+    for a, b in zip(parameters(model), parameters(mine)):
         assert error(a, b) < 1e-4
 
 
-def test_losses_of_a_stream_are_those_of_one_long_call():
-    """With frozen parameters; without carry every chunk starts from the given state."""
+def test_without_carry_every_chunk_starts_from_the_given_state():
     model, data = tiny(), chunks()
     frozen = nnx.Optimizer(model, optax.set_to_zero(), wrt=nnx.Param)
-    x, losses = s4d.train_on_stream(model, frozen, data)
-    u, target = (np.concatenate(part, 1) for part in zip(*data))
-    whole = np.square(s4d.call(model, u) - target)
-    parts = [float(part.mean()) for part in np.split(whole, 3, axis=1)]
-    assert losses == pytest.approx(parts, rel=1e-4)
-    for state in (None, x):
-        _, losses = s4d.train_on_stream(model, frozen, data, state, carry=False)
-        start = model.init_state(2) if state is None else state
-        alone = [float(hand_and_gradient(model, start, *c)[0][0]) for c in data]
+    x0, _ = s4d.advance(model, model.init_state(2), data[2][0])
+    for x in (None, x0):
+        _, losses = s4d.train_on_stream(model, frozen, data, x, carry=False)
+        start = model.init_state(2) if x is None else x
+        alone = [float(by_hand(model, start, *chunk)) for chunk in data]
         assert losses == pytest.approx(alone, rel=1e-5)
 
 
@@ -149,7 +162,7 @@ def test_only_a_carried_state_can_hear_an_echo():
 def test_refusals():
     model, ((u, target), *_) = tiny(), chunks()
     frozen = nnx.Optimizer(model, optax.set_to_zero(), wrt=nnx.Param)
-    with pytest.raises(ValueError, match=r"shape \(2, 3\); allowed: \(2, 3, 1\)"):
+    with pytest.raises(ValueError, match=r"shape \(2, 7\); allowed: \(2, 7, 1\)"):
         s4d.train_on_stream(model, frozen, [(u, target[..., 0])])
     with pytest.raises(FloatingPointError, match="at chunk 2"):
         s4d.train_on_stream(model, frozen, [(u, target), (u, target * np.nan)])
@@ -175,39 +188,44 @@ def answers(model, x, u, lengths, weights, size):
 
 
 @pytest.mark.parametrize(
-    "double, options",
-    [(False, {}), (True, dict(pooling="mean", discretization="bilinear"))],
+    "options", [{}, dict(pooling="mean", discretization="bilinear")]
 )
-def test_chunks_are_the_whole(double, options):
-    """Outputs, state and gradient, from a state, for rows of different lengths: to the
-    end of the last chunk, to the end of another, and within one."""
-    with jax.enable_x64(double):
-        model, u, weights = tiny(**options), noise(3, 8, 1), noise(3, 8, 1, seed=1)
-        x, _ = model.advance(model.init_state(3), noise(3, 1, 1, seed=2))
-        arguments = x, u, jnp.array([8, 3, 2]), weights
-        results = (answers(model, *arguments, size=size) for size in (3, None))
+def test_chunks_are_the_whole(options):
+    """Outputs, state and gradient, from a state, for rows of different lengths."""
+    model, rng = tiny(**options), np.random.default_rng(0)
+    u, weights = rng.standard_normal((2, 3, 50, 1)).astype(np.float32)
+    x, _ = s4d.advance(model, model.init_state(3), u[:, :9])
+    arguments = x, u, jnp.array([50, 16, 3]), weights
+    results = (answers(model, *arguments, size=size) for size in (16, None))
+    for a, b in zip(*map(jax.tree.leaves, results)):
+        assert jnp.abs(b).max() > 0 and error(a, b) < 1e-5
+
+
+def test_chunks_in_double_precision():
+    with jax.enable_x64(True):
+        model = tiny()
+        u, target = np.random.default_rng(0).standard_normal((2, 2, 30, 1))
+        results = (s4d.exact_gradient(model, u, target, size=n) for n in (7, None))
         for a, b in zip(*map(jax.tree.leaves, results)):
-            assert jnp.abs(b).max() > 0
-            assert error(a, b) < (1e-10 if double else 1e-5)
-            assert a.dtype == b.dtype and (not double or a.dtype != jnp.float32)
+            assert a.dtype == jnp.float64 and error(a, b) < 1e-10
 
 
 def test_each_chunk_has_dropout_masks_of_its_own():
     """And the same ones when it is computed again: as a loop that forgets nothing."""
-    (u, target), *_ = chunks((4,))
+    (u, target), *_ = chunks((16,))
 
     @nnx.jit
     @nnx.value_and_grad
     def loop(model):
         x, ys = model.init_state(2), []
-        for i in (0, 2):
-            x, y = model.advance(x, u[:, i : i + 2])
+        for i in (0, 8):
+            x, y = model.advance(x, u[:, i : i + 8])
             ys.append(y)
         return jnp.mean((jnp.concatenate(ys, 1) - target) ** 2)
 
     ours, theirs = tiny(dropout=0.5), tiny(dropout=0.5)
     for _ in range(2):  # the random stream goes on
-        results = s4d.exact_gradient(ours, u, target, size=2), loop(theirs)
+        results = s4d.exact_gradient(ours, u, target, size=8), loop(theirs)
         for a, b in zip(*map(jax.tree.leaves, results)):
             assert error(a, b) < 1e-5
     ours, theirs = (nnx.state(m, nnx.RngCount) for m in (ours, theirs))
@@ -225,8 +243,12 @@ def test_memory_is_that_of_a_chunk():
         program = jax.jit(gradient).lower(params, jnp.zeros((1, L, 1))).compile()
         return program.memory_analysis().temp_size_in_bytes
 
-    short, long, whole = planned(64, 16), planned(2048, 16), planned(2048, None)
-    assert long < short + 8 * 4 * 2048  # a few numbers a sample, as the data
+    short, long, whole = (
+        planned(2**10, 2**8),
+        planned(2**14, 2**8),
+        planned(2**14, None),
+    )
+    assert long < short + 8 * 4 * 2**14  # a few numbers a sample, as the data
     assert long < whole / 4
 
 
@@ -235,9 +257,9 @@ def test_refusals_of_chunks():
     for size in (0, 2.5):
         with pytest.raises(ValueError, match=f"size is {size}; allowed: positive"):
             s4d.advance_in_chunks(model, model.init_state(2), u, size)
-    with pytest.raises(ValueError, match=r"u has shape \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"u has shape \(2, 7\)"):
         s4d.advance_in_chunks(model, model.init_state(2), u[..., 0], 4)
-    with pytest.raises(ValueError, match=r"shape \(2, 3\); allowed: \(2, 3, 1\)"):
+    with pytest.raises(ValueError, match=r"shape \(2, 7\); allowed: \(2, 7, 1\)"):
         s4d.exact_gradient(model, u, target[..., 0], size=4)
 
 
