@@ -235,7 +235,7 @@ def test_dt_at_rest_is_drawn_from_its_range():
         ("selective", dict(dt_min=0.0), "dt_min is 0.0"),
         ("s5", dict(init="LegS"), "init is 'LegS'; allowed: 'legs', "),
         ("s5", dict(discretization="euler"), "discretization is 'euler'; allowed: "),
-        ("s5", dict(dt_max=1e-5), "dt_max 1e-05; allowed: 0 < dt_min <= dt_max"),
+        ("s5", dict(dt_max=1e-5), "0 < dt_min <= dt_max, 1e-05"),
         ("s5", dict(dropout=1.0), "dropout is 1.0; allowed: 0 <= dropout < 1"),
         ("s5", dict(final_act="silu"), "final_act is 'silu'; allowed: 'glu', "),
     ],
