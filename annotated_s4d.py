@@ -5051,7 +5051,8 @@ class S5(nnx.Module):
         u, lengths = admit(u, len(self.D), lengths)
         rest = self.init_state(u.shape[0])
         require(x.shape == rest.shape, f"x has shape {x.shape}", f"{rest.shape}")
-        x, y = self.run(jnp.asarray(x, rest.dtype), u, lengths)
+        x = carried(jnp.asarray(x, rest.dtype), u)
+        x, y = self.run(x, u, lengths)
         y = self.mixer(y + precise(self.D) * u)
         return x if every else x[:, -1], masked(y, lengths)
 

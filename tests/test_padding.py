@@ -10,7 +10,8 @@ from oracle import error, noise
 import annotated_s4d as s4d
 
 SHORT, LONG, CHANNELS = 7, 12, 4
-LAYERS = ("s4d", "general", "dss", "s4", "split")  # a benchmark may add its own
+# a benchmark may add its own
+LAYERS = ("s4d", "general", "s5", "selective", "dss", "s4", "split")
 FILLS = (0.0, 1e6, np.nan, np.inf)
 
 MAKERS = {  # every layer; what is built of layers treats all of them alike

@@ -177,29 +177,10 @@ def test_no_time_passes_where_dt_is_zero():
 
 
 @names
-def test_a_padded_row_is_the_row_alone(name):
-    """With its gradients by the parameters and by the input; all parameters learn."""
-    graph, params, rest = nnx.split(make(name), nnx.Param, ...)
-
-    @jax.jit
-    def both(params, u, lengths):
-        def loss(params, u):
-            y = nnx.merge(graph, params, rest)(u, lengths)
-            return (y**2 * jnp.arange(1.0, 1 + H)).sum(), y
-
-        return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, u)
-
-    u = noise(1, 7, H)
-    (_, y), (grads, du) = both(params, u, np.array([7]))
-    for fill in (0.0, 1e6, np.nan):
-        filled = jnp.full((1, L, H), fill).at[:, :7].set(u)
-        (_, padded), (by_params, by_u) = both(params, filled, np.array([7]))
-        assert error(padded[:, :7], y) < 1e-5 and (padded[:, 7:] == 0).all()
-        assert error(by_u[:, :7], du) < 1e-5 and (by_u[:, 7:] == 0).all()
-        pairs = list(zip(*map(jax.tree.leaves, (by_params, grads))))
-        largest = max(jnp.abs(g).max() for _, g in pairs)
-        assert all(jnp.abs(a - b).max() < 1e-5 * largest for a, b in pairs)
-    assert all((g != 0).any() for g in jax.tree.leaves(grads))
+def test_every_parameter_learns(name):
+    grads = nnx.grad(lambda layer: (s4d.call(layer, noise(1, L, H)) ** 2).sum())
+    for path, grad in nnx.to_flat_state(grads(make(name))):
+        assert (grad[...] != 0).any(), path
 
 
 @names
@@ -235,7 +216,7 @@ def test_dt_at_rest_is_drawn_from_its_range():
         ("selective", dict(dt_min=0.0), "dt_min is 0.0"),
         ("s5", dict(init="LegS"), "init is 'LegS'; allowed: 'legs', "),
         ("s5", dict(discretization="euler"), "discretization is 'euler'; allowed: "),
-        ("s5", dict(dt_max=1e-5), "dt_max 1e-05; allowed: 0 < dt_min <= dt_max"),
+        ("s5", dict(dt_max=1e-5), "0 < dt_min <= dt_max, 1e-05"),
         ("s5", dict(dropout=1.0), "dropout is 1.0; allowed: 0 <= dropout < 1"),
         ("s5", dict(final_act="silu"), "final_act is 'silu'; allowed: 'glu', "),
     ],
