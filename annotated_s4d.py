@@ -5237,7 +5237,7 @@ if RUN:
 # %% [markdown]
 # The selective layer, with a fifth of the parameters of the smaller S4D, leaves 0.06%, and
 # 0.12% on rows eight times as long as those it was trained on. Two layers of S4D leave
-# 24%, four leave 7%: depth and the FFN make up for a good part of what the layer lacks.
+# 24%, four leave 7%: depth makes up for a good part of what a layer lacks.
 # On the long rows they leave 58% and 116%, and one of the three seeds with four layers
 # is worse than the answer zero. What they have built holds for the length that they have
 # seen. ($\Delta$ shows how the selective layer does it.)
@@ -6439,7 +6439,12 @@ def readout(C, x):
 # $$
 #
 # So a step costs $O(N)$, and never sees a matrix. The rule is applied to the change of
-# the state, $x_k - x_{k-1} = (I - \tfrac\Delta2 A)^{-1} \Delta\,(A x_{k-1} + B u_k)$,
+# the state,
+#
+# $$
+# x_k - x_{k-1} = \big(I - \tfrac\Delta2 A\big)^{-1} \Delta\,(A x_{k-1} + B u_k) ,
+# $$
+#
 # which is the same equation, but a small change keeps its digits.
 
 # %%
