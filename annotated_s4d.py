@@ -224,9 +224,10 @@ def hero():
 # does without them. Each part ends with an exercise, its answer folded below it.
 
 # %% [markdown]
-# ### How to read the code
+# ### ★ How to read the code
 #
-# The mathematics is [JAX](https://docs.jax.dev), the modules are
+# What JAX, Flax and the tools of this page do, for who has not met them. The
+# mathematics is [JAX](https://docs.jax.dev), the modules are
 # [Flax NNX](https://flax.readthedocs.io). SciPy gives second opinions, test signals and
 # one probability; no model needs it. JAX is NumPy, here called `jnp`, that also
 # differentiates and compiles. Random numbers come from a *key*, the same from the same

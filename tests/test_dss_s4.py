@@ -414,7 +414,7 @@ def test_ssm_parameters_are_labelled(kernel):
         ("s4", dict(dropout=1.0), "dropout is 1.0"),
         ("dss", dict(final_act="swish"), "final_act is 'swish'"),
         ("s4", dict(dt_min=0.0), "dt_min is 0.0"),
-        ("s5", {}, "kernel is 's5'; allowed: 's4d', "),
+        ("s6", {}, "kernel is 's6'; allowed: 's4d', "),
         (None, {}, "kernel is None; allowed: 's4d'"),
     ],
 )

@@ -467,7 +467,10 @@ def test_code_is_coloured(desk):
           [kind, document.querySelectorAll(`.code .${kind}`).length]))"""
     )
     article = Article(FILE, NOTEBOOK)
-    html = "".join(i for p in article.parts for i in p.items if isinstance(i, str))
+    items = [item for part in article.parts for item in part.items]
+    for item in items:  # which grows by what is folded
+        items += getattr(item, "items", [])
+    html = "".join(item for item in items if isinstance(item, str))
     for kind, count in shown.items():
         assert count == html.count(f'<span class="{kind}">') > 100, kind
     colours = {
