@@ -191,15 +191,13 @@ def hero():
 # %% [markdown]
 # ## Part 0: The map
 #
-# That picture is made by the two models that this page trains. Their ancestors are
-# LSSL (Gu, Johnson and others, 2021), one linear system run as a recurrence or as a
-# convolution, and S4 (Gu, Goel and Ré, 2021), which made that fast by structured
-# matrices. S4D makes do with a diagonal one. We follow [On the Parameterization and
-# Initialization of Diagonal State Space Models](https://arxiv.org/abs/2206.11893) (Gu,
-# Gupta, Goel and Ré, 2022), in the form of [The Annotated
-# S4](https://srush.github.io/annotated-s4/) (Rush and Karamcheti, 2022), whose
-# [repository](https://github.com/srush/annotated-s4) has a shorter page with the title
-# of this one, `s4/s4d.py`.
+# That picture is made by the two models that this page trains. Their ancestors are LSSL
+# (Gu, Johnson and others, 2021) and S4 (Gu, Goel and Ré, 2021), which needs structured
+# matrices; S4D makes do with a diagonal one. We follow [its
+# paper](https://arxiv.org/abs/2206.11893) (Gu, Gupta, Goel and Ré, 2022) in the form of
+# [The Annotated S4](https://srush.github.io/annotated-s4/) (Rush and Karamcheti, 2022),
+# whose [repository](https://github.com/srush/annotated-s4) has a shorter page of the name
+# of this one.
 #
 # | part | what you gain |
 # |:-----|:--------------|
@@ -220,8 +218,8 @@ def hero():
 # | Appendix B | what S4D left out: DSS and S4 |
 # | Appendix C | sequences that do not fit, and several devices |
 #
-# What goes deeper stands in sections with a star (★), folded on the web page: the path
-# does without them. Each part ends with an exercise, its answer folded below it.
+# What goes deeper stands in sections with a star (★), folded on the web page. Each part
+# ends with an exercise, its answer folded below it.
 
 # %% [markdown]
 # ### ★ How to read the code
@@ -273,9 +271,8 @@ def compiled(f):
 # %% [markdown]
 # ### Symbols
 #
-# Each symbol of the system keeps its name in the code. Later $H$ channels run side by
-# side, so from Part 5 on the functions work on any number of leading axes. Why an axis
-# has length $N/2$ is explained there.
+# Each symbol of the system keeps its name in the code. From Part 5 on $H$ channels run
+# side by side, and functions work on any number of leading axes.
 #
 # | symbol | in the code | shape | what it is |
 # |:-------|:------------|:------|:-----------|
@@ -289,13 +286,10 @@ def compiled(f):
 # | $K$ | `K` | `(..., L)` | the convolution kernel |
 # | $N, H, L$ | `N`, `H`, `L` | | size of the state, number of channels, length |
 #
-# Counters are $k$ (the sample), $l$ (the age of an input in samples; in sequences
-# without ages, the place) and $n$ (the mode, one number of the state, from Part 5 on).
-# A raised star is a conjugate, $C_n^*$, of a matrix the conjugate transpose, $V^*$; a
-# star between two sequences is their convolution, $K * u$, and $\circledast$ the one on
-# a circle. A bar means "from sample to sample". $\Re$ and $\Im$ are real and imaginary
-# part. Letters that are not in this table, such as $s$, $w$ and $z$, hold for one
-# section, which says what they are.
+# Counters are $k$ (the sample), $l$ (the age of an input in samples, or a place) and $n$
+# (the mode, one number of the state). A raised star is a conjugate, $C_n^*$, $V^*$; a star
+# between sequences is their convolution, and $\circledast$ the one on a circle. A bar means
+# "from sample to sample". Any other letter holds for one section, which says what it is.
 #
 # *The page now builds everything in that picture, starting with a spring.*
 
