@@ -196,8 +196,8 @@ def hero():
 # matrices; S4D makes do with a diagonal one. We follow [its
 # paper](https://arxiv.org/abs/2206.11893) (Gu, Gupta, Goel and Ré, 2022) in the form of
 # [The Annotated S4](https://srush.github.io/annotated-s4/) (Rush and Karamcheti, 2022),
-# whose [repository](https://github.com/srush/annotated-s4) has a shorter page of the name
-# of this one.
+# whose [repository](https://github.com/srush/annotated-s4) has a shorter page of the
+# same name.
 #
 # | part | what you gain |
 # |:-----|:--------------|
@@ -2019,8 +2019,8 @@ def legs_against_diagonal(N=16, state=1):
 # %% [markdown]
 # ### ★ Another term of rank one
 #
-# Is any term of rank one so harmless? It matters that the dropped one reads $B^\top x$, and not another sum of the states.
-# Would another rank-one term do less harm, or more? The term of LegS is $P P^\top$ with
+# Is any term of rank one so harmless? The dropped one reads $B^\top x$, which a good
+# memory knows to be $u$. Another sum of the states is not known. The term of LegS is $P P^\top$ with
 # the vector $P = B/\sqrt2$. We take other vectors of this length: from the same diagonal
 # system subtract their $P P^\top$, and see how far it moves to drop that. One $P$ has the
 # entries of $B/\sqrt2$ in random order, another has Gaussian random entries. What stands
@@ -2122,8 +2122,8 @@ def dropping_a_term(omega=2.0, seed=0):
 
 # %% [markdown]
 # Shuffled, the term cannot be dropped at any of these $N$. The Gaussian one has random
-# signs, and what it does to the first states averages out, but slowly. The theorem belongs to
-# LegS and does not say that low-rank terms are harmless.
+# signs, and what it does to the first states averages out, but slowly. The theorem
+# belongs to LegS and does not say that low-rank terms are harmless.
 
 # %% [markdown]
 # ### Simpler starting points
@@ -4073,9 +4073,9 @@ if RUN:
 # %% [markdown]
 # ### ★ Bits per pixel
 #
-# What counting reaches, and where the model saves its bits. The simplest model is the histogram
-# of each pixel over the training images, which knows where ink tends to be. Others look
-# at the pixel to the left or above, or at both. Each is a table of counts with a row
+# What counting reaches, and where the model saves its bits. The simplest model is the
+# histogram of each pixel over the training images, which knows where ink tends to be.
+# Others look at the pixel to the left or above, or at both. Each is a table of counts with a row
 # for each *context*, and one is added to every count, so that nothing is impossible
 # (Laplace). What lies outside of the image is level 17.
 
@@ -4284,8 +4284,7 @@ if RUN:
 # after pixel 64, which it does without complaint, though it has never seen a place so
 # late. Four times as many pixels should come at about the same rate. (It may be higher,
 # as what a call costs by itself is shared by more of them, or lower, as other programs
-# take their turns.) And sixteen images at a time share the
-# parameters.
+# take their turns.) And sixteen images at a time share the parameters.
 
 # %%
 def levels_per_second(model, batch, steps):
@@ -4571,7 +4570,7 @@ def choices_measured(question="starts, 64 pixels"):
 # channels, each with its own $\Delta$, may make up between them for what one of them
 # lacks. At 196 pixels `inv` is better than `legs`, and told apart, at 784 it is not.
 # Among so many comparisons some pass by luck, and we make nothing of that.
-# Of the ablations only the range of $\Delta$ matters. Ten times shorter does great
+#
 # Of the ablations only the range of $\Delta$ matters. Ten times shorter does great
 # harm: such systems change little within 64 samples, or 196. Ten times longer helps a
 # little with 64 samples, for which the usual range is not made, and with 196 it is
@@ -4674,10 +4673,10 @@ def delay_against_length():
 # %% [markdown]
 # ### ★ Another resolution
 #
-# Models that have learned from 196 pixels can read half of them, if they are told so. A
-# system in continuous time does not know of samples. Take the models, and show them every second pixel of the test images. A row has 14
-# pixels, an even number, so these are every second column, and the sequence has 98
-# samples. Between two of them lies twice the way. The layer is told so by `rate=2`,
+# Models that have learned from 196 pixels can read half of them, if they are told so, as
+# a system in continuous time does not know of samples. We show them every second pixel of
+# the test images. A row has 14 pixels, an even number, so these are every second column,
+# and the sequence has 98 samples. Between two of them lies twice the way. The layer is told so by `rate=2`,
 # which doubles each $\Delta$ (Appendix A): the same kernels in continuous time, sampled
 # at half as many points. With `rate=1` it would read an image drawn twice as fast, and
 # each of its kernels would reach over twice as much of the picture as it did in
@@ -4761,11 +4760,11 @@ def next_sample():
 # One classifier got more time, for all 784 pixels and all images of the subset. So far
 # the models were small and their trainings short, so that there could be many. Here each
 # image is distorted anew whenever it comes, as if printed on rubber
-# (`notebooks/training.py`), for 27 epochs. The model has three blocks of 64 channels. Unlike the classifier of Part 11 it
-# has no FFN in its blocks and no dropout, and a learning rate of 0.01. So much was
-# chosen on the validation images, at half their resolution. The run is one of the
-# command line, recorded in `assets/mnist.json`; `python tests/measure/mnist.py` does
-# the same again. There is one seed. The spread printed is that of drawing so many test
+# (`notebooks/training.py`), for 27 epochs. The model has three blocks of 64 channels.
+# Unlike the classifier of Part 11 it has no FFN in its blocks and no dropout, and a
+# learning rate of 0.01. So much was chosen on the validation images, at half their
+# resolution. The run is one of the command line, recorded in `assets/mnist.json`;
+# `python tests/measure/mnist.py` does the same again. There is one seed. The spread printed is that of drawing so many test
 # images.
 
 # %%
